@@ -1,0 +1,28 @@
+"""Pure functions on tensors: formats, rounding, granularity, packing. Imports torch only."""
+
+from llm_fp4.numerics.formats import FloatFormat, formats_of_width, levels, parse
+from llm_fp4.numerics.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerRow,
+    PerTensor,
+    parse_granularity,
+)
+from llm_fp4.numerics.packing import pack, packed_width, unpack
+from llm_fp4.numerics.qtensor import QuantizedTensor, quantize_tensor
+from llm_fp4.numerics.rounding import (
+    decode,
+    encode,
+    encode_levels,
+    fake_quantize,
+    require_finite,
+    round_to_level,
+    scale_of_max,
+)
+
+__all__ = [
+    "FloatFormat", "Granularity", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantizedTensor", "decode",
+    "encode", "encode_levels", "fake_quantize", "formats_of_width", "levels", "pack", "packed_width", "parse",
+    "parse_granularity", "quantize_tensor", "require_finite", "round_to_level", "scale_of_max", "unpack",
+]  # fmt: skip
