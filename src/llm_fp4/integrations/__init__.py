@@ -1,1 +1,1 @@
-""""""
+"""Programs that other projects load us through: transformers."""

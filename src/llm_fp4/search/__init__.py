@@ -1,1 +1,44 @@
-""""""
+"""Search: (weights of an input site, statistics, rules) to plans. Sees no model."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llm_fp4.plan import SiteResult, WeightPlan
+from llm_fp4.recipe import ModuleRule, Recipe
+from llm_fp4.search.descent import descend
+from llm_fp4.search.embedding import embedding_plan
+from llm_fp4.search.minmax import minmax
+from llm_fp4.search.sinks import sink_ratio
+from llm_fp4.statistics import SiteStatistics
+
+__all__ = ["embedding_plan", "search_site"]
+
+
+def search_site(
+    name: str, weights: dict[str, Tensor], statistics: SiteStatistics, rules: dict[str, ModuleRule], recipe: Recipe,
+    fixed: dict[str, WeightPlan] | None = None,
+) -> SiteResult:  # fmt: skip
+    """Return the plan of one input site by the recipe's method.
+
+    Args:
+        name: the site. weights: (out, in) float32 of every operand. rules: what holds for every operand.
+        fixed: operands whose weight is decided already.
+    Raises:
+        NonFiniteError: the calibration input holds NaN or infinity.
+    """
+    statistics.check()
+    rule = next(iter(rules.values()))
+    ratio = sink_ratio(statistics.token_absmax()) if rule.input_formats else None
+    per_token, reason = rule.granularity == "per_token", ""
+    if ratio is not None and not per_token and recipe.inputs.sinks == "per_token" and ratio > recipe.inputs.sink_ratio:
+        per_token = True
+        reason = f"scale per token: the largest token is {ratio:.0f} times the median, which one static scale cannot span"
+    if recipe.method in ("minmax", "smoothquant"):
+        smooth = recipe.method == "smoothquant"
+        result = minmax(name, weights, statistics, rules, per_token=per_token, smooth=smooth, fixed=fixed)
+    else:
+        result = descend(name, weights, statistics, rules, recipe.search, per_token=per_token, fixed=fixed)
+    if result.input is not None:
+        result.input.sink_ratio, result.input.reason = ratio, reason
+    return result

@@ -1,0 +1,82 @@
+"""What is settled before a run starts: the structure, the device, the batches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_fp4.errors import UnsupportedError
+from llm_fp4.models import Batch, Structure, find_stacks, find_structure
+from llm_fp4.recipe import Recipe
+
+_BATCH_TOKENS = 4096
+
+
+def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
+    """Return the structure of ``model`` once the recipe is known to fit it, before anything is loaded.
+
+    Raises:
+        UnsupportedError: no blocks, several stacks, or nothing selected. RecipeError: a pattern that matches nothing.
+    """
+    structure = find_structure(model)
+    stacks = find_stacks(model)
+    if not structure.blocks:
+        raise UnsupportedError(f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing can be quantized block by block")
+    if len(stacks) > 1:
+        raise UnsupportedError(f"{type(model).__name__} has several stacks of blocks ({', '.join(stacks)}), which is not implemented in this version")
+    recipe.check_patterns(structure.names())
+    chosen = [n for n in structure.names() if recipe.selects(n)]
+    if not chosen:
+        raise UnsupportedError("targets and ignore leave no layer to quantize; widen targets or ignore less")
+    for name in chosen:
+        recipe.rule(name, head=name in structure.outer_linears)  # impossible formats are refused here
+    return structure
+
+
+def token_batches(tokens: Tensor, device: torch.device) -> list[Batch]:
+    """Return (sequences, length) token ids as batches of about 4,096 tokens; the split never depends on the machine."""
+    size = max(1, _BATCH_TOKENS // tokens.shape[1])
+    return [{"input_ids": part.to(device), "use_cache": False} for part in tokens.split(size)]
+
+
+def checked_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UnsupportedError(f"unknown device {name!r}; use cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError("--device cuda: this PyTorch sees no CUDA device; use cpu")
+    return device
+
+
+@contextmanager
+def float32_everywhere(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Compute in true float32 on every device while the block holds."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def as_batch(model: nn.Module, batch: Any) -> Batch:
+    parameters = inspect.signature(model.forward).parameters
+    if isinstance(batch, Tensor):
+        batch = {next(iter(parameters)): batch}
+    elif isinstance(batch, tuple | list):
+        batch = dict(zip(parameters, batch, strict=False))
+    out = dict(batch)
+    if "use_cache" in parameters:
+        out.setdefault("use_cache", False)
+    return out

@@ -1,0 +1,114 @@
+"""Quantizing a model from disk to disk, or one in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llm_fp4.api.calibrate import calibration_tokens
+from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, token_batches
+from llm_fp4.checkpoint import RunStore, finish_checkpoint
+from llm_fp4.errors import CalibrationError, OutputError
+from llm_fp4.models import FloatModel, InMemory, Structure, open_model
+from llm_fp4.pipeline import Job, shared_heads
+from llm_fp4.progress import Progress, silent
+from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
+
+
+def quantize(
+    source: str | Path | FloatModel, out: str | Path, recipe: Recipe | str = "fpq", *, device: str = "cpu", progress: Progress = silent
+) -> Path:
+    """Quantize the model ``source`` and return the checkpoint directory ``out``.
+
+    A run that was interrupted is continued by the same call; blocks that were finished are not done again.
+
+    Args:
+        source: a hub name, a directory, or a .gguf file; or one already opened.
+        recipe: a Recipe, a named recipe or a YAML file.
+        device: where the search computes, "cuda" say.
+    Raises:
+        RecipeError, SourceError, CalibrationError, OutputError: each names the remedy.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    out = Path(out)
+    work = out.with_name(f"{out.name}.partial")
+    if out.exists():
+        if work.exists() and not (work / "checkpoint").exists():  # killed between the last rename and the clean-up
+            shutil.rmtree(work, ignore_errors=True)
+            return out
+        raise OutputError(f"{out} exists already; remove it or choose another output")
+    target = checked_device(device)
+    opened = source if isinstance(source, FloatModel) else open_model(str(source))
+    structure = checked_structure(opened.model, recipe)
+    fingerprint = {"source": _fingerprint(opened), "recipe": dump_recipe(recipe), "device": target.type}
+    store = RunStore(work, fingerprint, len(structure.blocks) + 2)
+    shapes = {n: tuple(opened.model.get_submodule(n).weight.shape) for n in structure.names()}
+    config = _config(opened.model, structure, recipe)
+    tokens = calibration_tokens(opened, recipe, store, progress)
+    with float32_everywhere(opened.model, target):
+        Job(opened.model, structure, opened.source, recipe, token_batches(tokens, target), store, target, progress).run()
+    finish_checkpoint(
+        store, out, config, shapes, dump_recipe(recipe),
+        {"recipe": recipe.name, "method": recipe.method, "bits": str(recipe.bits)}, lambda folder: _save_extras(opened, folder),
+    )  # fmt: skip
+    return out
+
+
+def quantize_module(
+    model: nn.Module, batches: Iterable[Any], recipe: Recipe | str = "fpq", *, progress: Progress = silent
+) -> nn.Module:
+    """Quantize ``model`` in place, calibrated on ``batches``, and return it.
+
+    Args:
+        model: any module with a list of repeated blocks. batches: each a mapping of keyword arguments, or one tensor
+            for the first argument.
+    Raises:
+        CalibrationError: there is no batch. UnsupportedError: no repeated blocks, or no linear the recipe selects.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    structure = checked_structure(model, recipe)
+    prepared = [as_batch(model, b) for b in batches]
+    if not prepared:
+        raise CalibrationError("no calibration batches were given; pass an iterable of at least one model input")
+    device = next(model.parameters()).device
+    dtype, training = next(model.parameters()).dtype, model.training
+    model.float().eval()
+    with tempfile.TemporaryDirectory() as folder:
+        store = RunStore(Path(folder), {}, len(structure.blocks) + 2)
+        Job(model, structure, InMemory(model), recipe, prepared, store, device, progress, keep=True).run()
+    return model.to(dtype).train(training)
+
+
+def _fingerprint(opened: FloatModel) -> str:
+    """Return a digest of what the weights come from: names, sizes and times of the files."""
+    digest = hashlib.sha256()
+    files = [opened.folder / opened.gguf] if opened.gguf else sorted(opened.folder.glob("*.safetensors")) + [opened.folder / "config.json"]
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:
+    """Return config.json of the checkpoint, without ``quantization_config``."""
+    config: dict[str, Any] = model.config.to_dict()
+    config["architectures"] = [type(model).__name__]
+    shared = shared_heads(structure, recipe)
+    for head, embedding in structure.tied.items():
+        if head not in shared and (recipe.selects(head) or recipe.selects(embedding)):
+            config["tie_word_embeddings"] = False  # stored apart from now on
+    return config
+
+
+def _save_extras(opened: FloatModel, folder: Path) -> None:
+    if opened.tokenizer is not None:
+        opened.tokenizer.save_pretrained(folder)
+    generation = getattr(opened.model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)

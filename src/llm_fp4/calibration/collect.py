@@ -1,0 +1,79 @@
+"""Gathering the inputs of linears while a module runs; which linears read the same tensor; hooks always detach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from llm_fp4.statistics import TokenStore
+
+Linears = dict[str, nn.Module]
+
+
+def _hook(stack: ExitStack, linears: Linears, hook: Callable[[str, Tensor], None]) -> None:
+    for name, module in linears.items():
+
+        def pre(_module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            hook(name, args[0])
+
+        stack.callback(module.register_forward_pre_hook(pre).remove)
+
+
+def shared_inputs(linears: Linears, run: Callable[[], object]) -> list[list[str]]:
+    """Return the names of ``linears`` grouped by the tensor they read, in the order they run.
+
+    Args:
+        run: runs the module that holds them once, on any input. Linears that do not run are left out.
+    """
+    groups: dict[int, list[str]] = {}
+    alive = []  # the tensors are kept, so that no id is given twice
+    with ExitStack() as stack:
+
+        def note(name: str, x: Tensor) -> None:
+            alive.append(x)
+            members = groups.setdefault(id(x), [])
+            if name not in members:
+                members.append(name)
+
+        _hook(stack, linears, note)
+        run()
+    return list(groups.values())
+
+
+def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the (tokens, channels) rows of (..., channels) ``x`` without padding.
+
+    Args:
+        mask: (batch, tokens), 0 at padding, or None. An input of another leading shape is kept whole.
+    """
+    if mask is not None and x.shape[:-1] == mask.shape:
+        return x[mask.bool()]
+    return x.reshape(-1, x.shape[-1])
+
+
+def collect(
+    linears: Linears, runs: Iterable[tuple[Callable[[], object], Tensor | None]], folder: Path
+) -> dict[str, TokenStore]:
+    """Return the rows every one of ``linears`` reads over all ``runs``, stored in ``folder``.
+
+    Args:
+        linears: one for each site, by name.
+        runs: for each batch a function that runs the module, and the batch's (batch, tokens) mask or None.
+    """
+    stores: dict[str, TokenStore] = {}
+    mask: Tensor | None = None
+    with ExitStack() as stack:
+
+        def keep(name: str, x: Tensor) -> None:
+            if name not in stores:
+                stores[name] = TokenStore(folder / f"{len(stores)}.rows", x.shape[-1])
+            stores[name].append(token_rows(x.detach(), mask))
+
+        _hook(stack, linears, keep)
+        for run, mask in runs:  # noqa: B007 - read by the hook
+            run()
+    return stores

@@ -1,0 +1,52 @@
+"""Turning a finished run into a checkpoint directory, in one step at the end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from llm_fp4.checkpoint.manifest import METHOD, VERSION, manifest_of_plans
+from llm_fp4.checkpoint.run_store import RunStore
+from llm_fp4.storage import output_error, write_json, write_text
+
+
+def finish_checkpoint(
+    store: RunStore, out: Path, config: dict[str, Any], shapes: dict[str, tuple[int, int]], recipe_yaml: str,
+    description: dict[str, Any], save_extras: Callable[[Path], None],
+) -> None:  # fmt: skip
+    """Write everything beside the shards, then move the directory to ``out``.
+
+    Args:
+        config: of the float model; gets ``quantization_config``. shapes: (rows, columns) of every quantized module.
+        description: recipe name, bits and the like, for ``quantization_config`` and ``plan.json``.
+        save_extras: writes tokenizer and generation config into the directory it is given.
+    Raises:
+        OutputError: the disk is full or ``out`` appeared meanwhile.
+    """
+    folder, plans = store.checkpoint, store.plans()
+    try:
+        save_extras(folder)
+    except OSError as error:
+        raise output_error(error, folder) from None
+    modules = manifest_of_plans(plans, shapes)
+    quantization = {"quant_method": METHOD, "version": VERSION, **description, "modules": modules}
+    write_json(folder / "config.json", {**config, "quantization_config": quantization})
+    inputs = {n: p for plan in plans for n, p in plan["inputs"].items()}
+    weights = {n: p for plan in plans for n, p in plan["weights"].items()}
+    write_json(folder / "plan.json", {"version": VERSION, **description, "inputs": inputs, "weights": weights})
+    write_text(folder / "recipe.yaml", recipe_yaml)
+    weight_map, size = store.weight_map(), 0
+    for shard in sorted(set(weight_map.values())):
+        with safe_open(folder / shard, "pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                size += handle.get_tensor(name).nbytes
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+    try:
+        folder.rename(out)
+    except OSError as error:
+        raise output_error(error, out) from None
+    shutil.rmtree(store.folder, ignore_errors=True)

@@ -1,0 +1,153 @@
+"""The manifest: ``quantization_config`` of config.json, which says what every quantized module is.
+
+It holds all that a loader or an engine needs to build the modules; the numbers are in the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_fp4.errors import CheckpointError, LlmFp4Error, RecipeError
+from llm_fp4.numerics import FloatFormat, packed_width, parse
+from llm_fp4.plan import InputSpec
+from llm_fp4.storage import TensorFiles
+
+METHOD = "llm_fp4"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """One quantized module.
+
+    Attributes:
+        kind: "linear" or "embedding".
+        shape: (out, in) of a linear, (rows, columns) of an embedding.
+        input: None where the input stays float.
+        tied_to: the embedding whose packed weight this linear reads; it then stores none of its own.
+    """
+
+    kind: str
+    format: FloatFormat
+    shape: tuple[int, int]
+    input: InputSpec | None = None
+    tied_to: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"kind": self.kind, "weight": self.format.name, "shape": list(self.shape)}
+        if self.input is not None:
+            out["input"] = self.input.to_json()
+        return out | ({"tied_to": self.tied_to} if self.tied_to else {})
+
+    @classmethod
+    def from_json(cls, name: str, data: Any) -> ModuleEntry:
+        """Return the entry of module ``name``.
+
+        Raises:
+            CheckpointError: a field is missing, unknown or impossible.
+        """
+        try:
+            if unknown := sorted(set(data) - {"kind", "weight", "shape", "input", "tied_to"}):
+                raise CheckpointError(f"unknown fields {unknown}")
+            rows, columns = (int(n) for n in data["shape"])
+            if data["kind"] not in ("linear", "embedding") or rows < 1 or columns < 1:
+                raise CheckpointError(f"kind {data['kind']!r} with shape {data['shape']}")
+            spec = InputSpec.from_json(data["input"]) if data.get("input") else None
+            return cls(data["kind"], parse(data["weight"]), (rows, columns), spec, data.get("tied_to"))
+        except (KeyError, TypeError, ValueError, RecipeError, LlmFp4Error) as error:
+            raise CheckpointError(f"the manifest entry of {name} cannot be read ({error}); the checkpoint is damaged or needs a newer llm-fp4") from None
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors this module stores, bias apart, by suffix."""
+        rows, columns = self.shape
+        out: dict[str, tuple[int, ...]] = {}
+        if self.tied_to is None:
+            out |= {"weight_packed": (rows, packed_width(columns, self.format.bits)), "weight_scale": (rows,)}
+        if self.input is not None:
+            out["input_scale"] = ()
+            if self.input.max_shift:
+                out["input_shift"] = (columns,)
+            if self.input.smooth:
+                out["input_smooth"] = (columns,)
+        return out
+
+
+Manifest = dict[str, ModuleEntry]
+
+
+def read_manifest(config: dict[str, Any], where: str) -> Manifest:
+    """Return the quantized modules that a ``quantization_config`` describes.
+
+    Raises:
+        CheckpointError: another method, a newer version, or a damaged entry.
+    """
+    method, version = config.get("quant_method"), config.get("version")
+    if method != METHOD:
+        raise CheckpointError(f"{where} is quantized by {method!r}, not by {METHOD}; open it with the tool that wrote it")
+    if not isinstance(version, int) or version > VERSION:
+        raise CheckpointError(f"{where} has checkpoint version {version}, this llm-fp4 reads up to {VERSION}; update llm-fp4")
+    modules = config.get("modules")
+    if not isinstance(modules, dict):
+        raise CheckpointError(f"{where} lists no quantized modules; the checkpoint is damaged")
+    manifest = {name: ModuleEntry.from_json(name, entry) for name, entry in modules.items()}
+    for name, entry in manifest.items():
+        if entry.tied_to is not None and entry.tied_to not in manifest:
+            raise CheckpointError(f"{where}: {name} shares the weight of {entry.tied_to}, which is not listed; the checkpoint is damaged")
+    return manifest
+
+
+def manifest_of_plans(plans: list[dict[str, Any]], shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Return the JSON of all modules in the units' plans, by module name."""
+    inputs = {operand: site for plan in plans for site in plan["inputs"].values() for operand in site["operands"]}
+    out = {}
+    for plan in plans:
+        for name, weight in plan["weights"].items():
+            site = inputs.get(name)
+            spec = None
+            if site is not None:
+                known = {"format", "granularity", "max_shift", "smooth"}
+                spec = InputSpec.from_json({k: v for k, v in site.items() if k in known})
+            entry = ModuleEntry(weight["kind"], parse(weight["format"]), shapes[name], spec, weight.get("tied_to"))
+            out[name] = entry.to_json()
+    return out
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a quantized checkpoint.
+
+    Raises:
+        CheckpointError: no such directory or file, not JSON, or not quantized.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no config.json; name a directory that llm-fp4 quantize wrote")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); quantize again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
+        raise CheckpointError(f"{folder} is not quantized: config.json has no quantization_config; run llm-fp4 quantize on it first")
+    return config
+
+
+def verify(folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint after checking every quantized tensor's presence, type and shape.
+
+    Only headers are read.
+
+    Raises:
+        CheckpointError: anything missing, truncated, or of another shape than the manifest says.
+    """
+    manifest = read_manifest(read_config(folder)["quantization_config"], str(folder))
+    files = TensorFiles(folder, CheckpointError)
+    for name, entry in manifest.items():
+        for suffix, shape in entry.tensors().items():
+            full = f"{name}.{suffix}"
+            if full not in files.where:
+                raise CheckpointError(f"{folder} lacks the tensor {full}; the checkpoint is incomplete, quantize again")
+            if files.shapes[full] != shape:
+                raise CheckpointError(f"{full} is {files.shapes[full]} in {files.where[full].name}, the manifest makes it {shape}; the checkpoint is damaged")
+    return manifest

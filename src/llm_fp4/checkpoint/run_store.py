@@ -1,0 +1,108 @@
+"""What a run has finished, on disk: one shard and one plan a unit, and the inputs of the next unit.
+
+A unit is the embeddings, one block, or the tail with the output head. A run killed anywhere goes on after its last
+finished unit: everything of a unit is written first, then ``progress.json`` moves on in one step.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llm_fp4.errors import OutputError
+from llm_fp4.storage import output_error, write_json, write_tensors
+
+
+class RunStore:
+    """The working directory of one run.
+
+    Args:
+        folder: created if it is not there. fingerprint: what must be equal for the run to be continued.
+        units: how many units the run has. shards: False keeps no tensors (an in-memory run).
+    Raises:
+        OutputError: the folder belongs to a run with another fingerprint, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any], units: int, shards: bool = True) -> None:
+        self.folder, self.units, self._shards = folder, units, shards
+        self.state, self.checkpoint = folder / "state", folder / "checkpoint"
+        identity = folder / "run.json"
+        if identity.is_file():
+            found = json.loads(identity.read_text())
+            if different := sorted(k for k in {*found, *fingerprint} if found.get(k) != fingerprint.get(k)):
+                raise OutputError(f"{folder} holds an unfinished run with another {', '.join(different)}; remove it or choose another output")
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+            self.checkpoint.mkdir(exist_ok=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir()
+        except OSError as error:
+            raise output_error(error, folder) from None
+        write_json(identity, fingerprint)
+        progress = self.state / "progress.json"
+        self.done: int = json.loads(progress.read_text())["done"] if progress.is_file() else 0
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for the unit at work, emptied at every start."""
+        return self.folder / "scratch"
+
+    def shard_name(self, unit: int) -> str:
+        return f"model-{unit + 1:05d}-of-{self.units:05d}.safetensors"
+
+    def _inputs(self, unit: int) -> Path:
+        return self.state / f"inputs-{unit:05d}"
+
+    def save_input(self, unit: int, batch: int, hidden: Tensor) -> None:
+        """Store the hidden states that ``unit`` will read for ``batch``."""
+        folder = self._inputs(unit)
+        folder.mkdir(exist_ok=True)
+        write_tensors(folder / f"{batch:05d}.safetensors", {"hidden": hidden})
+
+    def input(self, unit: int, batch: int) -> Tensor:
+        """Return the hidden states that ``unit`` reads for ``batch``."""
+        hidden: Tensor = load_file(self._inputs(unit) / f"{batch:05d}.safetensors")["hidden"]
+        return hidden
+
+    def finish(self, unit: int, tensors: dict[str, Tensor], plan: dict[str, Any]) -> None:
+        """Write the unit's shard and plan, then mark it finished and forget its inputs."""
+        if self._shards:
+            write_tensors(self.checkpoint / self.shard_name(unit), tensors)
+        write_json(self.state / f"plan-{unit:05d}.json", plan)
+        write_json(self.state / "progress.json", {"done": unit + 1})
+        self.done = unit + 1
+        shutil.rmtree(self._inputs(unit), ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
+
+    def keep_tokens(self, tokens: Tensor) -> None:
+        """Store the calibration tokens of the run."""
+        write_tensors(self.state / "tokens.safetensors", {"tokens": tokens})
+
+    def tokens(self) -> Tensor | None:
+        """Return the calibration tokens stored earlier, or None."""
+        path = self.state / "tokens.safetensors"
+        return load_file(path)["tokens"] if path.is_file() else None
+
+    def plans(self) -> list[dict[str, Any]]:
+        """Return the plans of all finished units, in order."""
+        return [json.loads((self.state / f"plan-{unit:05d}.json").read_text()) for unit in range(self.done)]
+
+    def weight_map(self) -> dict[str, str]:
+        """Return tensor name → shard of every finished shard."""
+        found = {}
+        for unit in range(self.done):
+            with safe_open(self.checkpoint / self.shard_name(unit), "pt") as handle:
+                found.update(dict.fromkeys(handle.keys(), self.shard_name(unit)))
+        return found
+
+    def saved(self, unit: int) -> dict[str, Tensor]:
+        """Return the tensors of a finished unit's shard."""
+        tensors: dict[str, Tensor] = load_file(self.checkpoint / self.shard_name(unit))
+        return tensors

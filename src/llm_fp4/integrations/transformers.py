@@ -1,0 +1,73 @@
+"""transformers reads our checkpoints: AutoModel.from_pretrained builds the quantized modules before it loads tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llm_fp4.checkpoint import METHOD, Manifest, read_manifest
+from llm_fp4.nn import PackedModule, borrow_weight, replace_module, share_weight
+
+
+@register_quantization_config(METHOD)
+class LlmFp4Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of a checkpoint: its manifest, as read."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method = METHOD
+        self.__dict__.update(fields)
+
+
+@register_quantizer(METHOD)
+class LlmFp4Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads checkpoints that llm-fp4 quantized; it does not quantize while loading."""
+
+    requires_calibration = True
+    is_serializable = True
+    is_trainable = False
+
+    def _manifest(self) -> Manifest:
+        return read_manifest(self.quantization_config.to_dict(), "config.json")
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        manifest = self._manifest()
+        install(model, manifest)
+        # transformers ties parameters by name; these names are gone, and packed weights are shared after loading
+        for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
+            keys = getattr(model, attribute, None)
+            if isinstance(keys, dict):
+                kept = {k: v for k, v in keys.items() if {k.rpartition(".")[0], v.rpartition(".")[0]}.isdisjoint(manifest)}
+                setattr(model, attribute, kept)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        share(model, self._manifest())
+        return model
+
+
+def install(model: nn.Module, manifest: Manifest) -> None:
+    """Put an empty quantized module in every place the manifest lists.
+
+    Raises:
+        CheckpointError: the model has no such module, or one of another shape.
+    """
+    for name, entry in manifest.items():
+        replace_module(model, name, entry.format, entry.input, entry.shape)
+        if entry.tied_to is not None:
+            head = model.get_submodule(name)
+            assert isinstance(head, PackedModule)
+            borrow_weight(head)
+
+
+def share(model: nn.Module, manifest: Manifest) -> None:
+    """Give every tied head the packed weight of its embedding."""
+    for name, entry in manifest.items():
+        if entry.tied_to is not None:
+            head, owner = model.get_submodule(name), model.get_submodule(entry.tied_to)
+            assert isinstance(head, PackedModule)
+            assert isinstance(owner, PackedModule)
+            share_weight(head, owner)

@@ -1,0 +1,96 @@
+"""Where float weights come from: safetensors read tensor by tensor, or a model already in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llm_fp4.errors import SourceError
+from llm_fp4.storage import TensorFiles
+
+
+Wanted = Callable[[str], bool]
+
+
+def everything(name: str) -> bool:
+    """Want every tensor."""
+    return True
+
+
+class WeightSource(Protocol):
+    """Gives parameters by name; ``load`` makes a module real, ``release`` takes its memory back."""
+
+    def load(self, model: nn.Module, name: str, device: torch.device, wanted: Wanted = everything) -> nn.Module: ...
+
+    def release(self, model: nn.Module, name: str) -> None: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+
+class InMemory:
+    """A model that is all there: nothing is loaded or released."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._dtypes = {n: t.dtype for n, t in model.state_dict().items()}
+
+    def load(self, model: nn.Module, name: str, device: torch.device, wanted: Wanted = everything) -> nn.Module:
+        return model.get_submodule(name).to(device)
+
+    def release(self, model: nn.Module, name: str) -> None:
+        pass
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtypes.get(name, torch.float32)
+
+
+class LazyFiles:
+    """Loads modules of a meta-device model from files, as float32, and sends them back to meta."""
+
+    def __init__(self, files: TensorFiles, renames: dict[str, str] | None = None) -> None:
+        self.files = files
+        self._renames = renames or {}  # name in the model → name in the files (tied weights)
+
+    def load(self, model: nn.Module, name: str, device: torch.device, wanted: Wanted = everything) -> nn.Module:
+        """Return the submodule ``name`` of ``model`` with every parameter whose full name is ``wanted`` real, float32.
+
+        Raises:
+            SourceError: a tensor is missing or of another shape or an integer type.
+        """
+        module = model.get_submodule(name)
+        for full, owner, child, tensor in list(_tensors(module, name)):
+            if tensor.is_meta and wanted(full):
+                value = self._read(full, tuple(tensor.shape)).to(device, torch.float32)
+                if child in owner._parameters:
+                    owner._parameters[child] = nn.Parameter(value, requires_grad=False)
+                else:
+                    owner._buffers[child] = value
+        return module
+
+    def _read(self, full: str, shape: tuple[int, ...]) -> Tensor:
+        value = self.files.get(self._renames.get(full, full))
+        if tuple(value.shape) != shape:
+            raise SourceError(f"{full} is {tuple(value.shape)} in {self.files.folder}, but config.json makes it {shape}; they do not belong together")
+        if not value.is_floating_point():
+            raise SourceError(f"{full} in {self.files.folder} is {value.dtype}, not a float type; quantize from the float model")
+        return value
+
+    def release(self, model: nn.Module, name: str) -> None:
+        """Send all tensors of ``name`` to the meta device."""
+        model.get_submodule(name).to("meta")
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.files.dtype(self._renames.get(name, name))
+
+
+def _tensors(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module, str, Tensor]]:
+    """Yield (full name, owner, own name, tensor) of every parameter and persistent buffer below ``module``."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        full = ".".join(p for p in (prefix, path) if p)
+        own: dict[str, Any] = dict(owner._parameters)
+        own.update({n: b for n, b in owner._buffers.items() if n not in owner._non_persistent_buffers_set})
+        for child, tensor in own.items():
+            if tensor is not None:
+                yield (f"{full}.{child}" if full else child), owner, child, tensor

@@ -1,0 +1,114 @@
+"""QuantLinear: a linear layer of packed weights whose input is quantized as it arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_fp4.kernels import float_linear, int_linear, integer_product, quantize_input
+from llm_fp4.kernels.simulate import fake_quantize_input
+from llm_fp4.numerics import FloatFormat, PerRow, QuantizedTensor, packed_width
+from llm_fp4.plan import InputPlan, InputSpec
+
+
+class PackedModule(nn.Module):
+    """Holds ``weight_packed`` and ``weight_scale``; a change of dtype leaves packed codes and scales alone."""
+
+    kept = ("weight_scale", "input_scale", "input_smooth")
+    weight_packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, rows: int, columns: int, fmt: FloatFormat, device: Any = None) -> None:
+        super().__init__()
+        self.weight_format, self.rows, self.columns = fmt, rows, columns
+        width = packed_width(columns, fmt.bits)
+        self.register_buffer("weight_packed", torch.zeros(rows, width, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.ones(rows, dtype=torch.float32, device=device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        before = {n: getattr(self, n) for n in self.kept if getattr(self, n, None) is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight as a QuantizedTensor over this module's own buffers."""
+        return QuantizedTensor(self.weight_packed, self.weight_scale, self.weight_format, PerRow(), (self.rows, self.columns))
+
+
+class QuantLinear(PackedModule):
+    """``y = x W' + b`` on packed 4- to 8-bit weights.
+
+    The input is rounded to levels (with the channel shift) and multiplied as integers where int8 limbs and int32
+    sums hold the product exactly: every pair of 4-bit formats, the integer grids (E1Mm) of any width, E2M3 and E3M2
+    inputs among the 6-bit formats. Other pairs (E4M3, E5M2, ...) multiply the decoded values in float32. Without
+    an input spec the input stays as it is (weight-only).
+    """
+
+    bias: Tensor | None
+    input_scale: Tensor
+    input_shift: Tensor | None
+    input_smooth: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, weight_format: FloatFormat, spec: InputSpec | None, bias: bool, device: Any = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(out_features, in_features, weight_format, device)
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        if spec is not None:
+            self.register_buffer("input_scale", torch.ones((), dtype=torch.float32, device=device))
+        shift = torch.zeros(in_features, dtype=torch.uint8, device=device) if spec and spec.max_shift else None
+        smooth = torch.ones(in_features, dtype=torch.float32, device=device) if spec and spec.smooth else None
+        self.register_buffer("input_shift", shift)
+        self.register_buffer("input_smooth", smooth)
+
+    @classmethod
+    def from_plan(cls, weight: QuantizedTensor, plan: InputPlan | None, bias: Tensor | None) -> QuantLinear:
+        """Return the layer of a quantized weight under its site's plan; ``bias`` is (out,) or None."""
+        rows, columns = weight.shape
+        layer = cls(columns, rows, weight.format, plan.spec if plan else None, bias is not None, "meta")
+        layer.weight_packed, layer.weight_scale = weight.packed, weight.scale
+        if bias is not None:
+            layer.bias = bias.detach()
+        if plan is not None:
+            # own copies: the operands of a site are stored apart, so that each layer can be read alone
+            layer.input_scale = plan.scale.clone()
+            layer.input_shift = None if plan.shift is None else plan.shift.clone()
+            layer.input_smooth = None if plan.smooth is None else plan.smooth.clone()
+        return layer
+
+    @property
+    def exact(self) -> bool:
+        """Whether the product runs on integers."""
+        return self.spec is not None and integer_product(self.spec.top, self.weight_format)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        fmt, spec = self.weight_format, self.spec
+        weight = (self.weight_packed, self.weight_scale)
+        bias = None if self.bias is None else self.bias.float()
+        if spec is not None and self.exact:
+            f = spec.format
+            levels, step = quantize_input(
+                rows, self.input_scale, self.input_shift, self.input_smooth,
+                f.exponent_bits, f.mantissa_bits, f.signed, spec.max_shift, spec.granularity == "per_token",
+            )  # fmt: skip
+            out = int_linear(levels, step, *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
+        else:
+            if spec is not None:
+                rows = fake_quantize_input(rows, spec, self.input_scale, self.input_shift, self.input_smooth)
+            out = float_linear(rows.float(), *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        spec = f"{self.spec.format}, {self.spec.granularity}, shift<={self.spec.max_shift}" if self.spec else "float"
+        return f"in={self.in_features}, out={self.out_features}, weight={self.weight_format}, input={spec}"

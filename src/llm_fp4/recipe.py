@@ -1,0 +1,284 @@
+"""Recipe: what the user wishes. Validated before anything is loaded; unknown keys are refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from llm_fp4.errors import RecipeError
+from llm_fp4.numerics import FloatFormat, formats_of_width, parse
+
+FLOAT_BITS = 16  # the width that means "left in float"
+_STANDARD = {3: "e2m0", 4: "e2m1", 5: "e2m2", 6: "e3m2", 7: "e3m3", 8: "e4m3"}  # what a method without search takes
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _check_bits(value: int | None) -> int | None:
+    if value is not None and value != FLOAT_BITS and not 3 <= value <= 8:
+        raise ValueError(f"{value} bits is not possible; choose 3 to 8, or 16 for float")
+    return value
+
+
+class Bits(_Strict):
+    """Widths of embedding, weights and activations; 16 leaves a tensor in float. ``lm_head`` is ``weight`` unless set."""
+
+    embedding: int = 4
+    weight: int = 4
+    activation: int = 4
+    lm_head: int | None = None
+
+    _check = field_validator("embedding", "weight", "activation", "lm_head")(_check_bits)
+
+    @classmethod
+    def parse(cls, text: str, lm_head: int | None = None) -> Bits:
+        """Return the widths of "E/W/A", 4/4/8 say.
+
+        Raises:
+            RecipeError: the text is not of that form or a width is impossible.
+        """
+        if not re.fullmatch(r"\d+/\d+/\d+", text):
+            raise RecipeError(f"--bits {text!r} is not embedding/weight/activation bits; write 4/4/4 or 16/4/8, say")
+        embedding, weight, activation = map(int, text.split("/"))
+        return validated(cls, {"embedding": embedding, "weight": weight, "activation": activation, "lm_head": lm_head}, f"--bits {text}")
+
+    def __str__(self) -> str:
+        return f"{self.embedding}/{self.weight}/{self.activation}"
+
+
+def _check_formats(names: list[str] | None) -> list[str] | None:
+    for name in names or []:
+        if name != "int":
+            try:
+                parse(name)
+            except RecipeError as error:
+                raise ValueError(str(error)) from None
+    return names
+
+
+class WeightRules(_Strict):
+    """``formats``: candidates, each applied where the width fits ("int" is the integer grid of any width); None: all."""
+
+    formats: list[str] | None = None
+    granularity: Literal["per_row"] = "per_row"
+
+    _check = field_validator("formats")(_check_formats)
+
+
+class InputRules(_Strict):
+    """How inputs are quantized.
+
+    ``shift``: pre-shifted exponent bias. ``sinks``: what to do with a site whose largest token exceeds the median
+    token ``sink_ratio`` times: "per_token" gives that site a scale per token, "static" keeps the one scale.
+    """
+
+    formats: list[str] | None = None
+    granularity: Literal["per_tensor", "per_token"] = "per_tensor"
+    shift: bool = True
+    sinks: Literal["per_token", "static"] = "per_token"
+    sink_ratio: float = Field(default=64.0, gt=1)
+
+    _check = field_validator("formats")(_check_formats)
+
+
+class SearchRules(_Strict):
+    """Effort of the search. ``grid``: "log2" around the calibrated maximum, or the "paper"'s multiples of the bias."""
+
+    grid: Literal["log2", "paper"] = "log2"
+    rounds: int = Field(default=3, ge=1)
+    candidates: int = Field(default=100, ge=2, description="points of the paper grid")
+    sample_tokens: int = Field(default=1024, ge=16)
+    propagation: Literal["sequential", "parallel"] = "sequential"
+
+
+class Calibration(_Strict):
+    """``source``: "self", a .txt, .jsonl, .json.gz or .parquet file, or a hub data set name."""
+
+    source: str = "self"
+    sequences: int = Field(default=32, ge=1)
+    length: int = Field(default=512, ge=2)
+
+
+class Override(_Strict):
+    """Settings for the modules that ``targets`` match; None keeps the recipe's."""
+
+    targets: list[str] = Field(min_length=1)
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    weight_formats: list[str] | None = None
+    input_formats: list[str] | None = None
+    input_granularity: Literal["per_tensor", "per_token"] | None = None
+    shift: bool | None = None
+
+    _bits = field_validator("weight_bits", "activation_bits")(_check_bits)
+    _formats = field_validator("weight_formats", "input_formats")(_check_formats)
+
+
+class ModuleRule(_Strict):
+    """What holds for one module after overrides: candidate formats and the input's treatment."""
+
+    weight_formats: tuple[FloatFormat, ...]
+    input_formats: tuple[FloatFormat, ...]  # empty: the input stays float
+    granularity: Literal["per_tensor", "per_token"]
+    shift: bool
+
+
+class Recipe(_Strict):
+    """The whole wish. ``targets`` and ``ignore`` are names, globs or "re:" patterns of modules."""
+
+    name: str = "custom"
+    method: Literal["fpq", "fpq-baseline", "minmax", "smoothquant"] = "fpq"
+    bits: Bits = Bits()
+    weights: WeightRules = WeightRules()
+    inputs: InputRules = InputRules()
+    search: SearchRules = SearchRules()
+    calibration: Calibration = Calibration()
+    targets: list[str] = ["*"]
+    ignore: list[str] = []
+    overrides: list[Override] = []
+    seed: int = 0
+
+    def selects(self, name: str) -> bool:
+        """Return whether the module called ``name`` is to be quantized."""
+        return any(matches(p, name) for p in self.targets) and not any(matches(p, name) for p in self.ignore)
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise RecipeError for a pattern that matches none of ``names``, listing some of them."""
+        names = list(names)
+        patterns = [("targets", p) for p in self.targets] + [("ignore", p) for p in self.ignore]
+        patterns += [("overrides", p) for o in self.overrides for p in o.targets]
+        for where, pattern in patterns:
+            if not any(matches(pattern, name) for name in names):
+                some = ", ".join(sorted(set(names), key=len)[:4])
+                raise RecipeError(f"pattern {pattern!r} in {where} matches no module; the model has {some}, ... (see llm-fp4 inspect)")
+
+    def rule(self, name: str, *, head: bool = False) -> ModuleRule:
+        """Return the rule of the linear called ``name``; ``head`` marks the output projection.
+
+        Raises:
+            RecipeError: no candidate format has the width asked for.
+        """
+        weight_bits = self.bits.lm_head if head and self.bits.lm_head is not None else self.bits.weight
+        activation_bits, granularity, shift = self.bits.activation, self.inputs.granularity, self.inputs.shift
+        weight_formats, input_formats = self.weights.formats, self.inputs.formats
+        for o in self.overrides:
+            if any(matches(p, name) for p in o.targets):
+                weight_bits = weight_bits if o.weight_bits is None else o.weight_bits
+                activation_bits = activation_bits if o.activation_bits is None else o.activation_bits
+                weight_formats = weight_formats if o.weight_formats is None else o.weight_formats
+                input_formats = input_formats if o.input_formats is None else o.input_formats
+                granularity = granularity if o.input_granularity is None else o.input_granularity
+                shift = shift if o.shift is None else o.shift
+        return ModuleRule(
+            weight_formats=self._candidates(weight_bits, weight_formats, f"the weight of {name}"),
+            input_formats=self._candidates(activation_bits, input_formats, f"the input of {name}"),
+            granularity=granularity,
+            shift=shift and self.method == "fpq",
+        )
+
+    def embedding_formats(self) -> tuple[FloatFormat, ...]:
+        """Return the candidate formats of embeddings; empty where they stay float."""
+        return self._candidates(self.bits.embedding, self.weights.formats, "the embedding")
+
+    def _candidates(self, bits: int, names: list[str] | None, what: str) -> tuple[FloatFormat, ...]:
+        if bits == FLOAT_BITS:
+            return ()
+        if names is None:
+            if self.method in ("minmax", "smoothquant"):  # no search: one format
+                return (parse(_STANDARD[bits]) if self.method == "minmax" else parse(f"int{bits}"),)
+            return formats_of_width(bits)
+        chosen = tuple(f for f in (parse(f"int{bits}") if n == "int" else parse(n) for n in names) if f.bits == bits)
+        if not chosen:
+            raise RecipeError(f"none of the formats {', '.join(names)} has the {bits} bits asked for {what}; change the formats or the bits")
+        if unsigned := [f.name for f in chosen if not f.signed]:
+            raise RecipeError(f"unsigned formats ({', '.join(unsigned)}) are not implemented for {what}; use signed ones")
+        return chosen
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return whether ``pattern`` selects module ``name``.
+
+    "re:REGEX" must match the whole name; otherwise a glob over the whole name or over its last parts.
+
+    >>> matches("down_proj", "model.layers.3.mlp.down_proj"), matches("model.layers.1.*", "model.layers.12.mlp")
+    (True, False)
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def validated(model: type[Any], data: Any, where: str) -> Any:
+    """Return ``model`` built from ``data``, or raise RecipeError with the first problem in one sentence."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(sorted(model.model_fields))
+            raise RecipeError(f"{where}: unknown key {place!r}; known at the top level: {known}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{where}: {place}: {message}") from None
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fpq": {"method": "fpq"},
+    "fpq-baseline": {"method": "fpq-baseline", "inputs": {"shift": False, "sinks": "static"}},
+    "minmax-fp": {"method": "minmax", "inputs": {"shift": False, "sinks": "static"}},
+    "minmax-int": {
+        "method": "minmax",
+        "weights": {"formats": ["int"]},
+        "inputs": {"formats": ["int"], "shift": False, "sinks": "static"},
+    },
+    "smoothquant": {"method": "smoothquant", "inputs": {"shift": False, "sinks": "static"}},
+    "fpq-paper": {
+        "method": "fpq",
+        "inputs": {"sinks": "static"},
+        "search": {"grid": "paper", "propagation": "parallel"},
+    },
+}
+"""The named recipes, as data; every other field has its default."""
+
+SUMMARIES: dict[str, str] = {
+    "fpq": "format, scale and channel shift searched by output error; per-token scale at attention-sink sites (default)",
+    "fpq-baseline": "format and scale searched, static per-tensor inputs without shift",
+    "minmax-fp": "the standard float format of the width (E2M1, E4M3), scales from the largest magnitude",
+    "minmax-int": "symmetric integers (INT4 is -7..7, the grid of E1M2), scales from the largest magnitude",
+    "smoothquant": "integers with input range migrated into the weights (alpha 0.5), scales from the largest magnitude",
+    "fpq-paper": "as published: the paper's grid of biases, float inputs to every layer, all scales static",
+}
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Return a named recipe, or the recipe of a YAML file.
+
+    Raises:
+        RecipeError: no such name or file, not YAML, or a key or value the schema refuses.
+    """
+    if name_or_path in PRESETS:
+        return Recipe.model_validate({"name": name_or_path, **PRESETS[name_or_path]})
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise RecipeError(f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(PRESETS)}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} must be a mapping of recipe keys, such as 'method: fpq'")
+    recipe: Recipe = validated(Recipe, data, str(path))
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the recipe as YAML that :func:`load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,113 @@
+"""FPQ: coordinate descent over formats and scales of one input site and its weights.
+
+Source: LLM-FP4, arXiv:2310.16836, Eq. 10-12 and 20-23; the losses are those of the layer's output, taken from Gram
+matrices (weights) and a token sample (inputs) instead of a forward pass for every candidate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm_fp4.numerics import FloatFormat, fake_quantize
+from llm_fp4.plan import InputPlan, SiteResult, WeightPlan
+from llm_fp4.recipe import ModuleRule, SearchRules
+from llm_fp4.search.grids import Grid, Log2Grid, PaperGrid
+from llm_fp4.search.inputs import InputChoice, OutputError, choose_input, maximum_choice
+from llm_fp4.search.weights import WeightChoice, choose_weight, weight_loss
+from llm_fp4.statistics import Gram, SiteStatistics
+
+
+def grids(rules: SearchRules) -> tuple[Grid, Grid]:
+    """Return the grids of weights and of inputs; inputs may clip far below their maximum, weights hardly do."""
+    if rules.grid == "paper":
+        return PaperGrid(rules.candidates), PaperGrid(rules.candidates)
+    return Log2Grid(lowest=-1.25), Log2Grid(lowest=-4.0, coarse=0.5, highest=0.5)
+
+
+def descend(
+    name: str, weights: dict[str, Tensor], statistics: SiteStatistics, rules: dict[str, ModuleRule], search: SearchRules,
+    *, per_token: bool, fixed: dict[str, WeightPlan] | None = None,
+) -> SiteResult:  # fmt: skip
+    """Return the plan of one site: every operand's format and scales, and the input's.
+
+    Args:
+        weights: (out, in) float32 of each operand. rules: of each operand; the input's part is the same in all.
+        fixed: operands whose format and scale are already decided (a tied embedding).
+    """
+    weight_grid, input_grid = grids(search)
+    rule = next(iter(rules.values()))
+    fixed = fixed or {}
+    energy = {n: float(((w @ statistics.gram) * w).double().sum()) for n, w in weights.items()}
+    total = max(sum(energy.values()), 1e-30)
+
+    choice: InputChoice | None = None
+    starts = [
+        maximum_choice(statistics.channel_absmax, f, per_token=per_token, shift=rule.shift) for f in rule.input_formats
+    ]
+    if starts:
+        rows, row_weight = statistics.sample(search.sample_tokens)
+        stacked = torch.cat(list(weights.values()))
+        # before any weight is rounded the best input format is the one that hurts the float outputs least
+        exact = OutputError(rows, row_weight, stacked, stacked)
+        choice, _ = choose_input(exact, starts, _fixed_scale())
+    best: tuple[float, InputChoice | None, dict[str, WeightChoice], dict[str, float]] | None = None
+    chosen: dict[str, WeightChoice] = {}
+    weight_scales: dict[str, dict[FloatFormat, Tensor]] = {}
+    input_scales: dict[FloatFormat, Tensor] | None = None
+    for _round in range(search.rounds if starts else 1):
+        gram = statistics.quantized_gram(choice.quantize if choice else None)
+        if best is not None:  # the last round's input, confirmed on all tokens with the weights it was chosen for
+            best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
+        chosen = {}
+        for n, w in weights.items():
+            if n in fixed:
+                chosen[n] = _fixed_choice(w, fixed[n], gram)
+            else:
+                chosen[n], weight_scales[n] = choose_weight(w, gram, rules[n].weight_formats, weight_grid, weight_scales.get(n))
+        best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
+        if starts:
+            rounded = torch.cat([fake_quantize(w, chosen[n].scale.unsqueeze(1), chosen[n].format) for n, w in weights.items()])
+            choice, input_scales = choose_input(OutputError(rows, row_weight, stacked, rounded), starts, input_grid, input_scales)
+    assert best is not None
+    if starts:
+        gram = statistics.quantized_gram(choice.quantize if choice else None)
+        best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
+    loss, choice, chosen, losses = best
+    plans = {
+        n: fixed.get(n) or WeightPlan(n, c.format, c.scale, losses[n] / max(energy[n], 1e-30)) for n, c in chosen.items()
+    }
+    if choice is None:
+        return SiteResult(None, plans)
+    plan = InputPlan(name, list(weights), choice.spec, choice.scale, choice.shift, None, loss / total)
+    return SiteResult(plan, plans)
+
+
+_Scored = tuple[float, InputChoice | None, dict[str, WeightChoice], dict[str, float]]
+
+
+def _better(old: _Scored | None, new: tuple[float, dict[str, float], InputChoice | None, dict[str, WeightChoice]]) -> _Scored:
+    loss, losses, choice, chosen = new
+    return (loss, choice, chosen, losses) if old is None or loss < old[0] else old
+
+
+def _score(gram: Gram, weights: dict[str, Tensor], chosen: dict[str, WeightChoice]) -> tuple[float, dict[str, float]]:
+    """Return the squared output error over all calibration tokens, in sum and for each operand."""
+    losses = {}
+    for n, w in weights.items():
+        rounded = fake_quantize(w, chosen[n].scale.unsqueeze(1), chosen[n].format)
+        crossed = None if gram.eq is None else w @ gram.eq
+        loss = weight_loss(w, rounded, gram, crossed).double().sum()
+        if gram.ee is not None:
+            loss = loss + ((w @ gram.ee) * w).double().sum()
+        losses[n] = max(float(loss), 0.0)
+    return sum(losses.values()), losses
+
+
+def _fixed_choice(weight: Tensor, plan: WeightPlan, gram: Gram) -> WeightChoice:
+    return WeightChoice(plan.format, plan.scale.to(weight.device), torch.zeros(len(weight), device=weight.device))
+
+
+def _fixed_scale() -> Grid:
+    """A grid of the calibrated maximum alone."""
+    return Log2Grid(lowest=0.0, highest=0.0, refinements=0)

@@ -1,0 +1,40 @@
+"""Format and scales of an embedding: row error, joined with the output error of a head that shares it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llm_fp4.numerics import FloatFormat, fake_quantize, scale_of_max
+from llm_fp4.plan import WeightPlan
+from llm_fp4.recipe import SearchRules
+from llm_fp4.search.descent import grids
+from llm_fp4.search.weights import choose_weight
+from llm_fp4.statistics import Gram
+
+
+def embedding_plan(
+    name: str, weight: Tensor, formats: Sequence[FloatFormat], search: SearchRules | None, head_gram: Tensor | None = None
+) -> WeightPlan:
+    """Return the plan of an embedding, one scale a row.
+
+    Args:
+        weight: (rows, in) float32. search: None takes the first format and each row's largest magnitude.
+        head_gram: (in, in) X'X of the output head's input where the head shares the weight. Both errors then count
+            relative to their own energy: ``|x (w - w_hat)|^2 / |x w|^2 + |w - w_hat|^2 / |w|^2``, summed over rows.
+    """
+    if search is None:
+        return WeightPlan(name, formats[0], scale_of_max(weight.abs().amax(1), formats[0]))
+    energy = weight.double().square().sum()
+    if head_gram is None:
+        # the row error is the output error under an identity Gram matrix
+        gram, penalty = Gram(torch.eye(weight.shape[1], device=weight.device), None, None), 0.0
+    else:
+        output_energy = ((weight @ head_gram) * weight).double().sum()
+        gram, penalty = Gram(head_gram, None, None), float(output_energy / energy.clamp_min(1e-30))
+    choice, _ = choose_weight(weight, gram, formats, grids(search)[0], row_penalty=penalty)
+    rounded = fake_quantize(weight, choice.scale.unsqueeze(1), choice.format)
+    error = float((weight - rounded).double().square().sum() / energy.clamp_min(1e-30))
+    return WeightPlan(name, choice.format, choice.scale, error)

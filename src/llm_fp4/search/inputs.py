@@ -1,0 +1,86 @@
+"""Scale and format of an input by the error of all its operands' outputs, scored on a sample of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_fp4.kernels.simulate import fake_quantize_input
+from llm_fp4.numerics import FloatFormat, scale_of_max
+from llm_fp4.plan import InputSpec
+from llm_fp4.search.grids import Grid
+from llm_fp4.search.shift import channel_shift
+
+
+class OutputError:
+    """The weighted squared output error of a token sample as the input's rounding varies.
+
+    With ``E = X - Q`` and ``D = W - W_hat`` the output error is ``E W' + Q D'``. Where the outputs outnumber the inputs
+    it is scored by (in, in) forms, so a vocabulary-sized operand costs no more than a square one.
+    """
+
+    def __init__(self, rows: Tensor, row_weight: Tensor, weight: Tensor, quantized: Tensor) -> None:
+        """Args: rows (s, in), row_weight (s,), weight and quantized (out, in) of all operands stacked."""
+        self.rows, self._row_weight = rows, row_weight
+        self._quadratic = weight.shape[0] > 3 * weight.shape[1]
+        if self._quadratic:
+            d = weight - quantized
+            self._ww, self._dw, self._dd = weight.t() @ weight, d.t() @ weight, d.t() @ d
+        else:
+            self._target, self._weight = rows @ weight.t(), quantized
+
+    def __call__(self, quantized_rows: Tensor) -> Tensor:
+        """Return the () float64 error of (s, in) rounded rows."""
+        if self._quadratic:
+            e = self.rows - quantized_rows
+            cross = (e @ self._ww).add_(quantized_rows @ self._dw, alpha=2.0).mul_(e)
+            per_token = cross.add_((quantized_rows @ self._dd).mul_(quantized_rows)).sum(1)
+        else:
+            per_token = torch.addmm(self._target, quantized_rows, self._weight.t(), alpha=-1.0).square_().sum(1)
+        return torch.dot(per_token.double(), self._row_weight.double())
+
+
+@dataclass
+class InputChoice:
+    """A spec with its scale and shift, and the sample error they give."""
+
+    spec: InputSpec
+    scale: Tensor
+    shift: Tensor | None
+    loss: float
+
+    def quantize(self, rows: Tensor) -> Tensor:
+        """Return (n, in) rows rounded by this choice."""
+        return fake_quantize_input(rows, self.spec, self.scale, self.shift, None)
+
+
+def maximum_choice(channel_absmax: Tensor, fmt: FloatFormat, *, per_token: bool, shift: bool) -> InputChoice:
+    """Return the choice in which the largest magnitude is the largest value."""
+    k = channel_shift(channel_absmax, fmt, fmt.max_shift) if shift and fmt.bits <= 6 else None
+    max_shift = int(k.max()) if k is not None else 0
+    spec = InputSpec(fmt, "per_token" if per_token else "per_tensor", max_shift)
+    scale = torch.ones((), device=channel_absmax.device) if per_token else scale_of_max(channel_absmax.amax(), fmt)
+    return InputChoice(spec, scale, k if max_shift else None, float("inf"))
+
+
+def choose_input(
+    error: OutputError, starts: Sequence[InputChoice], grid: Grid, current: dict[FloatFormat, Tensor] | None = None
+) -> tuple[InputChoice, dict[FloatFormat, Tensor]]:
+    """Return the best of ``starts`` with its scale searched, and the scale found for every format."""
+    best: InputChoice | None = None
+    scales: dict[FloatFormat, Tensor] = {}
+    for start in starts:
+        fmt = start.spec.format
+
+        def loss(scale: Tensor, start: InputChoice = start) -> Tensor:
+            return error(fake_quantize_input(error.rows, start.spec, scale, start.shift, None))
+
+        scale, value = grid.minimise(loss, start.scale, fmt, None if current is None else current[fmt])
+        scales[fmt] = scale
+        if best is None or float(value) < best.loss:
+            best = InputChoice(start.spec, scale, start.shift, float(value))
+    assert best is not None
+    return best, scales

@@ -1,0 +1,70 @@
+"""Scales and format of a weight by the error of the layer's output, scored with Gram matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_fp4.numerics import FloatFormat, fake_quantize, scale_of_max
+from llm_fp4.search.grids import Grid
+from llm_fp4.statistics import Gram
+
+_ROWS = 2048  # rows scored at once: bounds the temporaries of a vocabulary-sized weight
+
+
+@dataclass
+class WeightChoice:
+    """A format, its (out,) scales and the (out,) squared output errors they give, without the input's own part."""
+
+    format: FloatFormat
+    scale: Tensor
+    loss: Tensor
+
+
+def weight_loss(weight: Tensor, quantized: Tensor, gram: Gram, crossed: Tensor | None) -> Tensor:
+    """Return the (out,) squared output error caused by ``weight - quantized``, see :class:`Gram`.
+
+    Args:
+        crossed: (out, in) ``weight @ eq``, or None where the input is exact. The part that does not depend on
+            ``quantized`` (W ee W') is left out, so values may be negative.
+    """
+    d = weight - quantized
+    inner = d @ gram.qq
+    if crossed is not None:
+        inner.add_(crossed, alpha=2.0)
+    return inner.mul_(d).sum(1)
+
+
+def choose_weight(
+    weight: Tensor, gram: Gram, formats: Sequence[FloatFormat], grid: Grid, current: dict[FloatFormat, Tensor] | None = None,
+    row_penalty: float = 0.0,
+) -> tuple[WeightChoice, dict[FloatFormat, Tensor]]:  # fmt: skip
+    """Return the best format with its scales, and the scales found for every format (the next round's ``current``).
+
+    Args:
+        weight: (out, in) float32. row_penalty: added times the plain squared row error, for a weight that is an
+            embedding too.
+    """
+    crossed = None if gram.eq is None else weight @ gram.eq
+    best: WeightChoice | None = None
+    scales: dict[FloatFormat, Tensor] = {}
+    for fmt in formats:
+        parts = []
+        for start in range(0, len(weight), _ROWS):
+            rows = slice(start, start + _ROWS)
+            w, c = weight[rows], None if crossed is None else crossed[rows]
+
+            def loss(scale: Tensor, w: Tensor = w, c: Tensor | None = c, fmt: FloatFormat = fmt) -> Tensor:
+                quantized = fake_quantize(w, scale.unsqueeze(1), fmt)
+                value = weight_loss(w, quantized, gram, c)
+                return value if row_penalty == 0 else value.add_((w - quantized).square_().sum(1), alpha=row_penalty)
+
+            parts.append(grid.minimise(loss, scale_of_max(w.abs().amax(1), fmt), fmt, None if current is None else current[fmt][rows]))
+        scales[fmt], value = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        if best is None or value.double().sum() < best.loss.double().sum():
+            best = WeightChoice(fmt, scales[fmt], value)
+    assert best is not None
+    return best, scales

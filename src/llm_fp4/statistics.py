@@ -1,0 +1,144 @@
+"""What calibration gathers of an input site and search reads: token rows, maxima, Gram matrices, a sample.
+
+The rows of a site lie in a file that is mapped, not read: memory does not grow with the number of
+calibration tokens. Everything derived streams over it in fixed chunks, so that partial sums over parts of
+the tokens can be merged in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llm_fp4.numerics import require_finite
+
+CHUNK = 4096  # tokens per step of every streaming sum
+
+
+class TokenStore:
+    """Rows of (tokens, channels) float32 in a file: appended once, then read through a shared mapping."""
+
+    def __init__(self, path: Path, channels: int) -> None:
+        self.path, self.channels, self.tokens = path, channels, 0
+        self._file = path.open("wb")
+
+    def append(self, rows: Tensor) -> None:
+        """Append (n, channels) rows."""
+        self._file.write(memoryview(rows.detach().to("cpu", torch.float32).contiguous().numpy()).cast("B"))
+        self.tokens += len(rows)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(tokens, channels) float32 over the file's pages; reading ends the appending."""
+        self._file.close()
+        flat = torch.from_file(str(self.path), shared=True, size=self.tokens * self.channels, dtype=torch.float32)
+        return flat.view(self.tokens, self.channels)
+
+    def delete(self) -> None:
+        self._file.close()
+        self.__dict__.pop("rows", None)
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass
+class Gram:
+    """Sums over tokens for the error ``E = target - quantized`` of an input and its quantized form ``Q``.
+
+    With ``D = W - W_hat`` the squared output error is ``W ee W' + 2 D eq' W' + D qq D'`` summed over rows: no
+    large terms cancel.
+
+    Attributes:
+        qq: (in, in) Q'Q. eq: (in, in) E'Q, None where E is 0. ee: (in, in) E'E, None where E is 0.
+    """
+
+    qq: Tensor
+    eq: Tensor | None
+    ee: Tensor | None
+
+
+@dataclass
+class SiteStatistics:
+    """Calibration of one input site.
+
+    Attributes:
+        name: the site, for messages.
+        tokens: the input the quantized layer will see (propagated, or the float model's own).
+        device: where sums are computed.
+        seed: of the token sample.
+    """
+
+    name: str
+    tokens: TokenStore
+    device: torch.device
+    seed: int = 0
+    token_weight: Tensor | None = None  # (tokens,) factor on each token's error, None: all 1
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield (n, in) rows with the (n, 1) square root of their weights, in order."""
+        rows = self.tokens.rows
+        for start in range(0, len(rows), CHUNK):
+            weight = None if self.token_weight is None else self.token_weight[start : start + CHUNK].sqrt().unsqueeze(1)
+            yield rows[start : start + CHUNK].to(self.device), None if weight is None else weight.to(self.device)
+
+    def check(self) -> None:
+        """Raise NonFiniteError naming the site if a calibration value is NaN or infinite."""
+        for rows, _ in self.chunks():
+            require_finite(rows, f"the calibration input of {self.name}")
+
+    @cached_property
+    def channel_absmax(self) -> Tensor:
+        """(in,) largest magnitude of each channel."""
+        return torch.stack([rows.abs().amax(0) for rows, _ in self.chunks()]).amax(0)
+
+    def token_absmax(self, multiplier: Tensor | None = None) -> Tensor:
+        """(tokens,) largest magnitude of each token, channels first multiplied by ``multiplier`` (in,)."""
+        parts = [(rows if multiplier is None else rows * multiplier).abs().amax(1) for rows, _ in self.chunks()]
+        return torch.cat(parts)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """(in, in) weighted X'X of the unquantized input."""
+        return self.quantized_gram(None).qq
+
+    def quantized_gram(self, quantize: Callable[[Tensor], Tensor] | None) -> Gram:
+        """Return the Gram matrices under ``quantize``, a map of (n, in) rows; None leaves the input as it is."""
+        n = self.tokens.channels
+        qq = torch.zeros(n, n, device=self.device)
+        eq, ee = (None, None) if quantize is None else (torch.zeros_like(qq), torch.zeros_like(qq))
+        for rows, weight in self.chunks():
+            q = rows if quantize is None else quantize(rows)
+            e = None if quantize is None else rows - q
+            if weight is not None:
+                q = q * weight
+                e = None if e is None else e * weight
+            qq.addmm_(q.t(), q)
+            if e is not None and eq is not None and ee is not None:
+                eq.addmm_(e.t(), q)
+                ee.addmm_(e.t(), e)
+        return Gram(qq, eq, ee)
+
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return (s, in) rows and their (s,) weights such that weighted sums estimate sums over all tokens.
+
+        The eighth of the sample with the largest norms is taken whole (few tokens carry most of the energy), the
+        rest is drawn uniformly with a fixed seed.
+        """
+        rows = self.tokens.rows
+        total = len(rows)
+        base = torch.ones(total) if self.token_weight is None else self.token_weight.cpu()
+        if total <= count:
+            return rows.to(self.device), base.to(self.device)
+        energy = torch.cat([r.square().sum(1).cpu() for r, _ in self.chunks()]) * base
+        order = energy.argsort(descending=True, stable=True)
+        heavy, light = order[: count // 8], order[count // 8 :].sort().values
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = light[torch.randperm(len(light), generator=generator)[: count - len(heavy)]]
+        index = torch.cat((heavy, drawn)).sort().values
+        weight = torch.full((total,), len(light) / len(drawn))
+        weight[heavy] = 1.0
+        return rows[index].to(self.device), (weight * base)[index].to(self.device)
