@@ -1,0 +1,42 @@
+"""From the name of a calibration source to its reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from llm_fp4.calibration.tables import read_hub, read_parquet
+from llm_fp4.calibration.text import Stretch, read_json_lines, read_text
+from llm_fp4.errors import CalibrationError
+
+READERS: dict[str, Callable[[Path], Iterator[Stretch]]] = {
+    ".txt": read_text,
+    ".txt.gz": read_text,
+    ".jsonl": read_json_lines,
+    ".jsonl.gz": read_json_lines,
+    ".json": read_json_lines,
+    ".json.gz": read_json_lines,
+    ".parquet": read_parquet,
+}
+
+
+def documents(source: str | Path) -> Iterator[Stretch]:
+    """Return ``(text, begins)`` stretches of a file, known by its ending, or else of a hub data set.
+
+    Raises:
+        CalibrationError: a missing file, a directory or an unknown ending; while iterating, unreadable content.
+    """
+    path, name = Path(source), str(source)
+    reader = next((reader for ending, reader in READERS.items() if path.name.lower().endswith(ending)), None)
+    if path.is_dir():
+        raise CalibrationError(f"calibration source {name} is a directory; name one file in it ({', '.join(READERS)})")
+    if path.exists():
+        if reader is None:
+            raise CalibrationError(f"{name} has an ending that is not known; use one of {', '.join(READERS)}")
+        return reader(path)
+    looks_like_path = reader is not None or path.is_absolute() or name.startswith(".") or name.count("/") > 1
+    if looks_like_path:
+        raise CalibrationError(f"calibration source {name} does not exist; check the path")
+    if not name.strip():
+        raise CalibrationError("calibration source is empty; name a file, a hub data set or 'self'")
+    return read_hub(name)
