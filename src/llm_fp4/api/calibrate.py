@@ -16,11 +16,14 @@ from llm_fp4.progress import Progress
 from llm_fp4.recipe import Recipe
 
 
-def calibration_tokens(opened: FloatModel, recipe: Recipe, store: RunStore, progress: Progress) -> Tensor:
+def calibration_tokens(opened: FloatModel, recipe: Recipe, store: RunStore, progress: Progress, given: Tensor | None = None) -> Tensor:
     """Return the calibration tokens, written by the model or read once and kept with the run."""
     c = recipe.calibration
     if (kept := store.tokens()) is not None:
         return kept
+    if given is not None:
+        store.keep_tokens(given)
+        return given
     if opened.tokenizer is None:
         raise CalibrationError(f"{opened.origin} has no tokenizer, so text cannot calibrate it; use quantize_module with batches of your own")
     model = None

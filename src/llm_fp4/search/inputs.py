@@ -59,7 +59,7 @@ class InputChoice:
 
 def maximum_choice(channel_absmax: Tensor, fmt: FloatFormat, *, per_token: bool, shift: bool) -> InputChoice:
     """Return the choice in which the largest magnitude is the largest value."""
-    k = channel_shift(channel_absmax, fmt, fmt.max_shift) if shift and fmt.bits <= 6 else None
+    k = channel_shift(channel_absmax, fmt, fmt.max_shift) if shift else None
     max_shift = int(k.max()) if k is not None else 0
     spec = InputSpec(fmt, "per_token" if per_token else "per_tensor", max_shift)
     scale = torch.ones((), device=channel_absmax.device) if per_token else scale_of_max(channel_absmax.amax(), fmt)

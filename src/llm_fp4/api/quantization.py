@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llm_fp4.api.calibrate import calibration_tokens
 from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, token_batches
@@ -22,8 +22,9 @@ from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
 
 
 def quantize(
-    source: str | Path | FloatModel, out: str | Path, recipe: Recipe | str = "fpq", *, device: str = "cpu", progress: Progress = silent
-) -> Path:
+    source: str | Path | FloatModel, out: str | Path, recipe: Recipe | str = "fpq", *, tokens: Tensor | None = None,
+    device: str = "cpu", progress: Progress = silent,
+) -> Path:  # fmt: skip
     """Quantize the model ``source`` and return the checkpoint directory ``out``.
 
     A run that was interrupted is continued by the same call; blocks that were finished are not done again.
@@ -31,6 +32,7 @@ def quantize(
     Args:
         source: a hub name, a directory, or a .gguf file; or one already opened.
         recipe: a Recipe, a named recipe or a YAML file.
+        tokens: (sequences, length) int64 to calibrate on, instead of the recipe's calibration source.
         device: where the search computes, "cuda" say.
     Raises:
         RecipeError, SourceError, CalibrationError, OutputError: each names the remedy.
@@ -50,7 +52,7 @@ def quantize(
     store = RunStore(work, fingerprint, len(structure.blocks) + 2)
     shapes = {n: tuple(opened.model.get_submodule(n).weight.shape) for n in structure.names()}
     config = _config(opened.model, structure, recipe)
-    tokens = calibration_tokens(opened, recipe, store, progress)
+    tokens = calibration_tokens(opened, recipe, store, progress, tokens)
     with float32_everywhere(opened.model, target):
         Job(opened.model, structure, opened.source, recipe, token_batches(tokens, target), store, target, progress).run()
     finish_checkpoint(
