@@ -82,7 +82,9 @@ def _empty_model(model_class: Any, config: Any, path: Path) -> Any:
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = model_class._from_config(config) if hasattr(model_class, "_from_config") else model_class(config)
-            model.tie_weights()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.tie_weights()  # outside the block above, which makes a new parameter of every one that is set
             if getattr(model, "generation_config", None) is not None and (path / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(path)
     except Exception as error:  # whatever the model's code raises on sizes that do not fit together
