@@ -16,8 +16,8 @@ from llm_fp4.checkpoint import RunStore
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, set_module
 from llm_fp4.nn import QuantEmbedding, QuantLinear
-from llm_fp4.numerics import PerRow, parse, quantize_tensor, require_finite
-from llm_fp4.plan import SiteResult, WeightPlan
+from llm_fp4.numerics import PerRow, QuantizedTensor, parse, quantize_tensor, require_finite
+from llm_fp4.plan import FixedWeight, SiteResult, WeightPlan
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe
 from llm_fp4.search import embedding_plan, search_site
@@ -69,6 +69,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.runner = BlockRunner(self.model, self.structure.blocks)
+        self.shapes = {n: tuple(cast(Tensor, self.model.get_submodule(n).weight).shape) for n in self.structure.names()}
         self.sequential = self.recipe.search.propagation == "sequential"
         self.shared_head = shared_heads(self.structure, self.recipe)
 
@@ -104,8 +105,8 @@ class Job:
             head = next((h for h, e in self.shared_head.items() if e == name), None)
             searched = self.recipe.search if self.recipe.method.startswith("fpq") else None
             gram = self._float_head_gram(head) if head and searched else None
-            plan = embedding_plan(name, weight, self.recipe.embedding_formats(), searched, gram)
-            quantized = quantize_tensor(weight, plan.scale, plan.format, PerRow(), name)
+            plan, rounded = embedding_plan(name, weight, self.recipe.embedding_formats(), searched, gram)
+            quantized = quantize_tensor(rounded, plan.scale, plan.format, PerRow(), name)
             replaced[name] = QuantEmbedding.from_quantized(quantized, torch.float32, float(getattr(table, "embed_scale", 1.0)))
             tensors |= {f"{name}.weight_packed": quantized.packed, f"{name}.weight_scale": quantized.scale}
             plans[name] = {"kind": "embedding", **plan.to_json()}
@@ -190,7 +191,7 @@ class Job:
         weights = {n: selected[n].weight.detach().float() for n in group}
         for n, w in weights.items():
             require_finite(w, f"the weight of {n}")
-        fixed = {n: self._embedding_plan_of(n) for n in group if head and n in self.shared_head}
+        fixed = {n: self._stored_embedding(n) for n in group if head and n in self.shared_head}
         rules = {n: self.recipe.rule(n, head=head) for n in group}
         stores = collect({name: selected[name]}, runs, self.store.scratch)
         statistics = SiteStatistics(name, stores[name], self.device, self.recipe.seed ^ zlib.crc32(name.encode()))
@@ -206,7 +207,7 @@ class Job:
     def _replace(self, weights: dict[str, Tensor], selected: dict[str, nn.Module], result: SiteResult) -> None:
         plan = result.input
         for n, w in weights.items():
-            source = w if plan is None or plan.smooth is None else w * plan.smooth
+            source = result.rounded.get(n, w if plan is None or plan.smooth is None else w * plan.smooth)
             quantized = quantize_tensor(source, result.weights[n].scale.to(w.device), result.weights[n].format, PerRow(), n)
             bias = getattr(selected[n], "bias", None)
             set_module(self.model, n, QuantLinear.from_plan(quantized, plan, bias))
@@ -220,11 +221,14 @@ class Job:
     def _quantized_embeddings(self) -> set[str]:
         return {n for n in self.structure.embeddings if self.recipe.selects(n) and self.recipe.embedding_formats()}
 
-    def _embedding_plan_of(self, head: str) -> WeightPlan:
-        """Return the decision for a head that shares its embedding's codes, read back from the first unit."""
+    def _stored_embedding(self, head: str) -> FixedWeight:
+        """Return the weight of a head that shares its embedding's codes, read back from the first unit."""
         embedding = self.shared_head[head]
-        fmt = parse(self.store.plans()[0]["weights"][embedding]["format"])
-        return WeightPlan(head, fmt, self.store.saved(0)[f"{embedding}.weight_scale"])
+        fmt, stored = parse(self.store.plans()[0]["weights"][embedding]["format"]), self.store.saved(0)
+        packed, scale = stored[f"{embedding}.weight_packed"].to(self.device), stored[f"{embedding}.weight_scale"].to(self.device)
+        rows, columns = self.shapes[embedding]
+        values = QuantizedTensor(packed, scale, fmt, PerRow(), (rows, columns)).dequantize()
+        return FixedWeight(WeightPlan(head, fmt, scale), values)
 
     def _load_outer(self, skip: list[str]) -> None:
         """Make every parameter outside the blocks real, except those of the modules ``skip``."""

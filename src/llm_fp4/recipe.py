@@ -90,13 +90,20 @@ class InputRules(_Strict):
 
 
 class SearchRules(_Strict):
-    """Effort of the search. ``grid``: "log2" around the calibrated maximum, or the "paper"'s multiples of the bias."""
+    """Effort of the search.
+
+    ``grid``: "log2" around the calibrated maximum, or the "paper"'s multiples of the bias. ``propagation``: inputs through
+    the quantized blocks before, or the float model's own. ``compensation``: after the search, choose levels so that
+    later columns make up for the errors of earlier ones; ``damping`` is added to its Hessian.
+    """
 
     grid: Literal["log2", "paper"] = "log2"
     rounds: int = Field(default=3, ge=1)
     candidates: int = Field(default=100, ge=2, description="points of the paper grid")
     sample_tokens: int = Field(default=1024, ge=16)
     propagation: Literal["sequential", "parallel"] = "sequential"
+    compensation: Literal["none", "gptq"] = "none"
+    damping: float = Field(default=0.01, gt=0, lt=1)
 
 
 class Calibration(_Strict):
@@ -233,6 +240,7 @@ def validated(model: type[Any], data: Any, where: str) -> Any:
 PRESETS: dict[str, dict[str, Any]] = {
     "fpq": {"method": "fpq"},
     "fpq-baseline": {"method": "fpq-baseline", "inputs": {"shift": False, "sinks": "static"}},
+    "fpq-gptq": {"method": "fpq", "search": {"compensation": "gptq"}},
     "minmax-fp": {"method": "minmax", "inputs": {"shift": False, "sinks": "static"}},
     "minmax-int": {
         "method": "minmax",
@@ -251,6 +259,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 SUMMARIES: dict[str, str] = {
     "fpq": "format, scale and channel shift searched by output error; per-token scale at attention-sink sites (default)",
     "fpq-baseline": "format and scale searched, static per-tensor inputs without shift",
+    "fpq-gptq": "fpq, then levels chosen with error compensation (GPTQ on the float grid)",
     "minmax-fp": "the standard float format of the width (E2M1, E4M3), scales from the largest magnitude",
     "minmax-int": "symmetric integers (INT4 is -7..7, the grid of E1M2), scales from the largest magnitude",
     "smoothquant": "integers with input range migrated into the weights (alpha 0.5), scales from the largest magnitude",
