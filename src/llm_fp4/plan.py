@@ -100,7 +100,9 @@ class InputPlan:
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        histogram = torch.bincount(self.shift.long(), minlength=self.spec.max_shift + 1).tolist() if self.shift is not None else None
+        histogram = None
+        if self.shift is not None:
+            histogram = torch.bincount(self.shift.long(), minlength=self.spec.max_shift + 1).tolist()
         return {
             "operands": self.operands, **self.spec.to_json(), "scale": float(self.scale), "shift_histogram": histogram,
             "error": self.error, "sink_ratio": self.sink_ratio, "reason": self.reason,
