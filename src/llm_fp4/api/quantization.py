@@ -103,7 +103,9 @@ def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:
     config["architectures"] = [type(model).__name__]
     shared = shared_heads(structure, recipe)
     for head, embedding in structure.tied.items():
-        if head not in shared and (recipe.selects(head) or recipe.selects(embedding)):
+        packed_head = recipe.selects(head) and recipe.rule(head, head=True).weight_formats
+        packed_embedding = recipe.selects(embedding) and recipe.embedding_formats()
+        if head not in shared and (packed_head or packed_embedding):
             config["tie_word_embeddings"] = False  # stored apart from now on
     return config
 
