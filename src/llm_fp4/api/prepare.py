@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.errors import UnsupportedError
+from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.models import Batch, Structure, find_stacks, find_structure
 from llm_fp4.recipe import Recipe
 
@@ -33,8 +33,17 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
     chosen = [n for n in structure.names() if recipe.selects(n)]
     if not chosen:
         raise UnsupportedError("targets and ignore leave no layer to quantize; widen targets or ignore less")
+    anything = False
     for name in chosen:
-        recipe.rule(name, head=name in structure.outer_linears)  # impossible formats are refused here
+        if name in structure.embeddings:
+            anything |= bool(recipe.embedding_formats())
+            continue
+        rule = recipe.rule(name, head=name in structure.outer_linears)  # impossible formats are refused here
+        anything |= bool(rule.weight_formats)
+        if rule.input_formats and not rule.weight_formats and name not in structure.outer_linears:
+            raise RecipeError(f"{name} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it")
+    if not anything:
+        raise RecipeError(f"bits {recipe.bits} leave every selected layer in float; give embedding or weight 3 to 8 bits")
     return structure
 
 

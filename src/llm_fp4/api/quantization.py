@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llm_fp4.api.calibrate import calibration_tokens
@@ -19,6 +23,9 @@ from llm_fp4.models import FloatModel, InMemory, Structure, open_model, weight_s
 from llm_fp4.pipeline import Job, shared_heads
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
+from llm_fp4.storage import output_error, write_json
+
+STAGE = "open the model"
 
 
 def quantize(
@@ -38,28 +45,57 @@ def quantize(
         RecipeError, SourceError, CalibrationError, OutputError: each names the remedy.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    out = Path(out)
-    work = out.with_name(f"{out.name}.partial")
+    out = Path(os.path.abspath(out))  # "." and ".." have no name to put beside
+    work = out.with_name(f"{out.name or 'root'}.partial")
     if out.exists():
         if work.exists() and not (work / "checkpoint").exists():  # killed between the last rename and the clean-up
             shutil.rmtree(work, ignore_errors=True)
             return out
         raise OutputError(f"{out} exists already; remove it or choose another output")
     target = checked_device(device)
+    progress(STAGE, 0, 1)
     opened = source if isinstance(source, FloatModel) else open_model(str(source))
     structure = checked_structure(opened.model, recipe)
+    progress(STAGE, 1, 1)
     fingerprint = {"source": _fingerprint(opened), "recipe": dump_recipe(recipe), "device": target.type}
     store = RunStore(work, fingerprint, len(structure.blocks) + 2)
+    with _keeping_what_is_finished(store):
+        _fill(store, opened, structure, recipe, tokens, out, target, progress)
+    return out
+
+
+def _fill(
+    store: RunStore, opened: FloatModel, structure: Structure, recipe: Recipe, tokens: Tensor | None, out: Path, target: torch.device,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Run what the store lacks and move the finished checkpoint to ``out``."""
     shapes = weight_shapes(opened.model, structure)
     config = _config(opened.model, structure, recipe)
+    float_bytes = opened.bytes_float
     tokens = calibration_tokens(opened, recipe, store, progress, tokens)
     with float32_everywhere(opened.model, target):
         Job(opened.model, structure, opened.source, recipe, token_batches(tokens, target), store, target, progress).run()
     finish_checkpoint(
         store, out, config, shapes, dump_recipe(recipe),
-        {"recipe": recipe.name, "method": recipe.method, "bits": str(recipe.bits)}, lambda folder: _save_extras(opened, folder),
+        {"recipe": recipe.name, "method": recipe.method, "bits": str(recipe.bits), "float_bytes": float_bytes},
+        lambda folder: _save_extras(opened, folder),
     )  # fmt: skip
-    return out
+
+
+@contextmanager
+def _keeping_what_is_finished(store: RunStore) -> Iterator[None]:
+    """Name a full disk in one sentence, and leave nothing behind where nothing was finished.
+
+    A run that failed before its first unit, for want of calibration text say, must not stand in the way of the next.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if store.done == 0 and store.tokens() is None:
+            shutil.rmtree(store.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise output_error(error, store.folder) from None
+        raise
 
 
 def quantize_module(
@@ -113,6 +149,10 @@ def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:
 def _save_extras(opened: FloatModel, folder: Path) -> None:
     if opened.tokenizer is not None:
         opened.tokenizer.save_pretrained(folder)
+    stored = opened.folder / "generation_config.json"
+    if opened.gguf is None and stored.is_file():
+        shutil.copyfile(stored, folder / stored.name)  # as it is: saving it anew refuses what older versions wrote
+        return
     generation = getattr(opened.model, "generation_config", None)
     if generation is not None:
-        generation.save_pretrained(folder)
+        write_json(folder / stored.name, json.loads(generation.to_json_string()))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llm_fp4.errors import CheckpointError, LlmFp4Error, RecipeError
 from llm_fp4.numerics import FloatFormat, packed_width, parse
 from llm_fp4.plan import InputSpec
@@ -17,6 +19,10 @@ from llm_fp4.storage import TensorFiles
 
 METHOD = "llm_fp4"
 VERSION = 1
+_DTYPES = {
+    "weight_packed": torch.uint8, "weight_scale": torch.float32, "input_scale": torch.float32, "input_shift": torch.uint8,
+    "input_smooth": torch.float32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,13 @@ def read_manifest(config: dict[str, Any], where: str) -> Manifest:
         raise CheckpointError(f"{where} lists no quantized modules; the checkpoint is damaged")
     manifest = {name: ModuleEntry.from_json(name, entry) for name, entry in modules.items()}
     for name, entry in manifest.items():
-        if entry.tied_to is not None and entry.tied_to not in manifest:
+        if entry.tied_to is None:
+            continue
+        owner = manifest.get(entry.tied_to)
+        if owner is None:
             raise CheckpointError(f"{where}: {name} shares the weight of {entry.tied_to}, which is not listed; the checkpoint is damaged")
+        if owner.tied_to is not None or (owner.shape, owner.format) != (entry.shape, entry.format):
+            raise CheckpointError(f"{where}: {name} shares the weight of {entry.tied_to}, which is of another shape or format; the checkpoint is damaged")
     return manifest
 
 
@@ -150,4 +161,6 @@ def verify(folder: Path) -> Manifest:
                 raise CheckpointError(f"{folder} lacks the tensor {full}; the checkpoint is incomplete, quantize again")
             if files.shapes[full] != shape:
                 raise CheckpointError(f"{full} is {files.shapes[full]} in {files.where[full].name}, the manifest makes it {shape}; the checkpoint is damaged")
+            if files.dtype(full) != (dtype := _DTYPES[suffix]):
+                raise CheckpointError(f"{full} is {files.dtype(full)} in {files.where[full].name}, not {dtype}; the checkpoint is damaged")
     return manifest

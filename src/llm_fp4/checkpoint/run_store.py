@@ -18,6 +18,8 @@ from torch import Tensor
 from llm_fp4.errors import OutputError
 from llm_fp4.storage import output_error, write_json, write_tensors
 
+_OWN = {"state", "checkpoint", "scratch", "run.json", ".run.json.tmp"}
+
 
 class RunStore:
     """The working directory of one run.
@@ -32,11 +34,17 @@ class RunStore:
     def __init__(self, folder: Path, fingerprint: dict[str, Any], units: int, shards: bool = True) -> None:
         self.folder, self.units, self._shards = folder, units, shards
         self.state, self.checkpoint = folder / "state", folder / "checkpoint"
-        identity = folder / "run.json"
-        if identity.is_file():
-            found = json.loads(identity.read_text())
-            if different := sorted(k for k in {*found, *fingerprint} if found.get(k) != fingerprint.get(k)):
+        identity, progress = folder / "run.json", self.state / "progress.json"
+        found, finished = _json(identity), _json(progress).get("done", 0)
+        if folder.is_dir() and not found:
+            if strangers := sorted({p.name for p in folder.iterdir()} - _OWN):
+                raise OutputError(f"{folder} holds {strangers[0]}, which no run of llm-fp4 wrote; remove it or choose another output")
+            shutil.rmtree(folder)  # what is left of a run killed while it began or was cleared away
+            finished = 0
+        elif different := sorted(k for k in {*found, *fingerprint} if found.get(k) != fingerprint.get(k)):
+            if finished:
                 raise OutputError(f"{folder} holds an unfinished run with another {', '.join(different)}; remove it or choose another output")
+            shutil.rmtree(folder, ignore_errors=True)  # nothing is lost: that run had finished nothing
         try:
             self.state.mkdir(parents=True, exist_ok=True)
             self.checkpoint.mkdir(exist_ok=True)
@@ -45,8 +53,7 @@ class RunStore:
         except OSError as error:
             raise output_error(error, folder) from None
         write_json(identity, fingerprint)
-        progress = self.state / "progress.json"
-        self.done: int = json.loads(progress.read_text())["done"] if progress.is_file() else 0
+        self.done: int = finished
 
     @property
     def scratch(self) -> Path:
@@ -106,3 +113,16 @@ class RunStore:
         """Return the tensors of a finished unit's shard."""
         tensors: dict[str, Tensor] = load_file(self.checkpoint / self.shard_name(unit))
         return tensors
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return the object in ``path``, empty where there is no such file.
+
+    Raises:
+        OutputError: the file is damaged.
+    """
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise OutputError(f"{path} is damaged, so the unfinished run cannot be continued; remove {path.parent} and start again") from None
+    return data

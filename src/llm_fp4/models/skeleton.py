@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llm_fp4.errors import LlmFp4Error, SourceError
+from llm_fp4.models.sizes import check_sizes
 from llm_fp4.models.source import InMemory, LazyFiles, WeightSource
 from llm_fp4.storage import TensorFiles
 
@@ -22,7 +23,6 @@ class FloatModel:
     Attributes:
         model: parameters on the meta device where ``source`` is lazy, else float32.
         tokenizer: the model's own, or None where it has none.
-        bytes_float: size of all parameters in their stored dtype.
         origin: what the user named.
     """
 
@@ -32,6 +32,11 @@ class FloatModel:
     folder: Path
     origin: str
     gguf: str | None = None
+
+    @property
+    def bytes_float(self) -> int:
+        """Size of all parameters in their stored dtype, a shared one counted once; a GGUF counts as the float32 it became."""
+        return sum(p.numel() * self.source.dtype(n).itemsize for n, p in self.model.named_parameters())
 
 
 def open_model(origin: str) -> FloatModel:
@@ -54,13 +59,8 @@ def open_model(origin: str) -> FloatModel:
         raise SourceError(f"{origin} is quantized already ({_method(config)}); quantize from the float model")
     model_class = _model_class(config, path)
     files = TensorFiles(path)
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = model_class._from_config(config) if hasattr(model_class, "_from_config") else model_class(config)
-    model.tie_weights()
-    model.eval()
+    check_sizes(config.to_dict(), files.shapes.values(), path / "config.json")
+    model = _empty_model(model_class, config, path)
     renames = {k: v for k, v in (getattr(model, "_tied_weights_keys", None) or {}).items() if k not in files.where} if isinstance(
         getattr(model, "_tied_weights_keys", None), dict) else {}
     missing = [n for n, _ in model.named_parameters(remove_duplicate=False) if renames.get(n, n) not in files.where]
@@ -68,7 +68,29 @@ def open_model(origin: str) -> FloatModel:
         model, source = _load_whole(model_class, path)
     else:
         source = LazyFiles(files, renames)
-    return FloatModel(model, source, _tokenizer(path), path, origin)
+        source.check(model)
+    return FloatModel(model, source, open_tokenizer(path), path, origin)
+
+
+def _empty_model(model_class: Any, config: Any, path: Path) -> Any:
+    """Return the model with its parameters on the meta device and its own generation settings."""
+    from accelerate import init_empty_weights
+    from transformers import GenerationConfig
+
+    try:
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = model_class._from_config(config) if hasattr(model_class, "_from_config") else model_class(config)
+            model.tie_weights()
+            if getattr(model, "generation_config", None) is not None and (path / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(path)
+    except Exception as error:  # whatever the model's code raises on sizes that do not fit together
+        raise SourceError(f"{path / 'config.json'} describes no {model_class.__name__} that can be built: {_first_line(error)}") from None
+    return model.eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _config(path: Path) -> Any:
@@ -108,7 +130,8 @@ def _load_whole(model_class: Any, path: Path) -> tuple[nn.Module, WeightSource]:
     return model.eval(), InMemory(model)
 
 
-def _tokenizer(path: Path, **kwargs: Any) -> Any:
+def open_tokenizer(path: Path, **kwargs: Any) -> Any:
+    """Return the tokenizer saved in ``path``, or None where there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -136,7 +159,7 @@ def _open_gguf(path: Path) -> FloatModel:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
-    return FloatModel(model.eval(), InMemory(model), _tokenizer(path.parent, gguf_file=path.name), path.parent, str(path), path.name)
+    return FloatModel(model.eval(), InMemory(model), open_tokenizer(path.parent, gguf_file=path.name), path.parent, str(path), path.name)
 
 
 def _download(name: str) -> Path:

@@ -53,6 +53,26 @@ class LazyFiles:
         self.files = files
         self._renames = renames or {}  # name in the model → name in the files (tied weights)
 
+    def check(self, model: nn.Module) -> None:
+        """Check every tensor of ``model`` against the files' headers, so that a run does not stop in the middle.
+
+        Raises:
+            SourceError: a tensor is missing or of another shape or an integer type.
+        """
+        for full, _, _, tensor in _tensors(model, ""):
+            if tensor.is_meta:
+                stored = self._renames.get(full, full)
+                if stored in self.files.where:
+                    self._check(full, self.files.shapes[stored], tuple(tensor.shape), self.files.dtype(stored))
+                else:
+                    raise SourceError(f"{self.files.folder} has no tensor {stored!r}; the model is incomplete, download it again")
+
+    def _check(self, full: str, found: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if found != shape:
+            raise SourceError(f"{full} is {found} in {self.files.folder}, but config.json makes it {shape}; they do not belong together")
+        if not dtype.is_floating_point:
+            raise SourceError(f"{full} in {self.files.folder} is {dtype}, not a float type; quantize from the float model")
+
     def load(self, model: nn.Module, name: str, device: torch.device, wanted: Wanted = everything) -> nn.Module:
         """Return the submodule ``name`` of ``model`` with every parameter whose full name is ``wanted`` real, float32.
 
@@ -71,10 +91,7 @@ class LazyFiles:
 
     def _read(self, full: str, shape: tuple[int, ...]) -> Tensor:
         value = self.files.get(self._renames.get(full, full))
-        if tuple(value.shape) != shape:
-            raise SourceError(f"{full} is {tuple(value.shape)} in {self.files.folder}, but config.json makes it {shape}; they do not belong together")
-        if not value.is_floating_point():
-            raise SourceError(f"{full} in {self.files.folder} is {value.dtype}, not a float type; quantize from the float model")
+        self._check(full, tuple(value.shape), shape, value.dtype)
         return value
 
     def release(self, model: nn.Module, name: str) -> None:

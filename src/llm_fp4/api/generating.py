@@ -1,0 +1,77 @@
+"""Continuing a prompt, piece by piece as the model writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_fp4.api.loading import Loaded, load_any
+from llm_fp4.errors import CalibrationError, UnsupportedError
+from llm_fp4.progress import Progress, silent
+
+
+def generate_text(
+    path_or_model: str | Path | Loaded, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0,
+    chat: bool = False, on_text: Callable[[str], None] | None = None, device: str = "cpu", progress: Progress = silent,
+) -> str:  # fmt: skip
+    """Return what the model writes after ``prompt``, the prompt itself left out.
+
+    Args:
+        temperature: 0 takes the likeliest token each time; above, tokens are sampled with ``seed``.
+        chat: whether the prompt is a user's message, put into the model's chat template.
+        on_text: called with each piece of text as it is finished.
+    Raises:
+        CheckpointError, SourceError: the model cannot be loaded. CalibrationError: the prompt is empty or there is no tokenizer.
+        UnsupportedError: ``chat`` without a chat template, or a model that does not generate.
+    """
+    loaded = path_or_model if isinstance(path_or_model, Loaded) else load_any(path_or_model, device=device, progress=progress)
+    if not hasattr(loaded.model, "generate"):
+        raise UnsupportedError(f"{loaded.origin} is a {type(loaded.model).__name__}, which does not generate text; use a causal language model")
+    inputs = _prompt_tokens(loaded, prompt, chat)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+    own = loaded.model.generation_config
+    config = type(own)(  # the model's own sampling defaults would contradict what is asked for here
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id or 0,
+        max_new_tokens=max_new_tokens, **sampling,
+    )  # fmt: skip
+    device_ = next(iter([*loaded.model.parameters(), *loaded.model.buffers()])).device
+    inputs = inputs.to(device_)
+    with torch.random.fork_rng(devices=[device_] if device_.type == "cuda" else []):
+        torch.manual_seed(seed)
+        tokens = loaded.model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=_streamer(loaded.tokenizer, on_text)
+        )
+    text: str = loaded.tokenizer.decode(tokens[0, inputs.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def _prompt_tokens(loaded: Loaded, prompt: str, chat: bool) -> torch.Tensor:
+    """Return the (1, tokens) int64 tokens of the prompt."""
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise CalibrationError(f"{loaded.origin} has no tokenizer, so it cannot read a prompt; save one beside the model")
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UnsupportedError(f"{loaded.origin} has no chat template; leave --chat out to continue plain text")
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    ids = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
+    if not ids:
+        raise CalibrationError("the prompt is empty; give some text to continue")
+    return torch.tensor([ids], dtype=torch.int64)
+
+
+def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
+    from transformers import TextStreamer
+
+    if on_text is None:
+        return None
+
+    class Streamer(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,159 @@
+"""Looking into a model without running it: what is quantized and how, or what would be, and what stays float and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm_fp4.api.loading import is_checkpoint
+from llm_fp4.api.prepare import checked_structure
+from llm_fp4.checkpoint import read_config, verify
+from llm_fp4.errors import CheckpointError
+from llm_fp4.models import FloatModel, Structure, open_model
+from llm_fp4.pipeline import shared_heads
+from llm_fp4.recipe import Recipe, load_recipe, matches
+from llm_fp4.storage import TensorFiles
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer or embedding.
+
+    Attributes:
+        kind: "linear" or "embedding". shape: (out, in) of a linear, (rows, columns) of an embedding.
+        weight: the weight's format, or the candidates of one not quantized yet; empty where it stays float.
+        input: likewise of the input. site: the first of the layers that share this input, None where it stays float.
+        granularity: of the input's scale, "per_tensor" or "per_token". input_scale: its step, or the ratio of a per-token scale.
+        weight_scale: smallest and largest over the rows. shift_histogram: how many channels have shift 0, 1, ...
+        error: squared output error over the squared output, of the layer's site; None where it was not measured.
+        sink_ratio: the largest token of the input over the median one.
+        reason: why it is float, or why its input is treated otherwise than the recipe's rule.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    weight: tuple[str, ...] = ()
+    input: tuple[str, ...] = ()
+    site: str | None = None
+    granularity: str | None = None
+    input_scale: float | None = None
+    weight_scale: tuple[float, float] | None = None
+    shift_histogram: list[int] | None = None
+    error: float | None = None
+    sink_ratio: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model holds.
+
+    Attributes:
+        quantized: whether it is a checkpoint of ours; else the layers say what ``recipe`` would do.
+        bytes: size of the tensors on disk, or of the parameters in their stored type for a float model.
+        float_bytes: of the float model a checkpoint was made from.
+    """
+
+    origin: str
+    quantized: bool
+    architecture: str
+    recipe: str
+    method: str
+    bits: str
+    bytes: int
+    float_bytes: int | None
+    layers: list[LayerReport] = field(default_factory=list)
+
+
+def inspect_model(source_or_dir: str | Path | FloatModel, recipe: Recipe | str = "fpq") -> Inspection:
+    """Return what a checkpoint holds, or what ``recipe`` would make of a float model.
+
+    Args:
+        source_or_dir: a directory llm-fp4 wrote; or a float model by directory, hub name or .gguf file, or opened.
+        recipe: only for a float model.
+    Raises:
+        CheckpointError, SourceError: it cannot be read. RecipeError: the recipe does not fit it.
+        UnsupportedError: the model has nothing that can be quantized block by block.
+    """
+    if not isinstance(source_or_dir, FloatModel):
+        if is_checkpoint(source_or_dir):
+            return _checkpoint(Path(source_or_dir))
+        source_or_dir = open_model(str(source_or_dir))
+    return _float(source_or_dir, recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
+
+
+def _checkpoint(folder: Path) -> Inspection:
+    manifest, config, plan = verify(folder), read_config(folder), _plan(folder)
+    sites = {operand: (name, site) for name, site in plan.get("inputs", {}).items() for operand in site["operands"]}
+    layers = []
+    for name, entry in manifest.items():
+        site_name, site = sites.get(name, (None, {}))
+        weight = plan.get("weights", {}).get(name, {})
+        reasons = [f"shares the codes of {entry.tied_to}"] if entry.tied_to else []
+        layers.append(LayerReport(
+            name, entry.kind, entry.shape, (entry.format.name,),
+            input=(entry.input.format.name,) if entry.input else (), site=site_name,
+            granularity=entry.input.granularity if entry.input else None, input_scale=site.get("scale"),
+            weight_scale=(weight["scale_min"], weight["scale_max"]) if "scale_min" in weight else None,
+            shift_histogram=site.get("shift_histogram"), error=weight.get("error"), sink_ratio=site.get("sink_ratio"),
+            reason="; ".join(reasons + ([site["reason"]] if site.get("reason") else [])),
+        ))  # fmt: skip
+    files = TensorFiles(folder, CheckpointError)
+    for name, shape in files.shapes.items():
+        owner, _, own = name.rpartition(".")
+        if own == "weight" and len(shape) == 2:  # norms have one axis
+            layers.append(LayerReport(owner, "linear or embedding", (shape[0], shape[1]), reason="left in float by the recipe"))
+    quantization = config["quantization_config"]
+    described = {k: str(quantization.get(k, "")) for k in ("recipe", "method", "bits")}
+    size = sum(f.stat().st_size for f in sorted({*files.where.values()}))
+    architecture = str((config.get("architectures") or ["unknown"])[0])
+    return Inspection(str(folder), True, architecture, **described, bytes=size, float_bytes=plan.get("float_bytes"), layers=layers)
+
+
+def _plan(folder: Path) -> dict[str, Any]:
+    """Return plan.json; nothing runs on it, so a checkpoint without one is still described by its manifest."""
+    path = folder / "plan.json"
+    if not path.is_file():
+        return {}
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); remove it to see what config.json says, or quantize again") from None
+    if not isinstance(plan, dict):
+        raise CheckpointError(f"{path} does not hold a plan; remove it to see what config.json says, or quantize again")
+    return plan
+
+
+def _float(opened: FloatModel, recipe: Recipe) -> Inspection:
+    structure = checked_structure(opened.model, recipe)
+    shared = shared_heads(structure, recipe)
+    layers = []
+    for name in structure.names():
+        rows, columns = opened.model.get_submodule(name).weight.shape
+        kind = "embedding" if name in structure.embeddings else "linear"
+        weight, read, reason = _candidates(name, kind, structure, recipe)
+        if name in shared:
+            reason = f"shares the codes of {shared[name]}"
+        layers.append(LayerReport(name, kind, (rows, columns), weight, read, reason=reason))
+    return Inspection(
+        opened.origin, False, type(opened.model).__name__, recipe.name, recipe.method, str(recipe.bits), opened.bytes_float, None, layers
+    )
+
+
+def _candidates(name: str, kind: str, structure: Structure, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """Return the candidate formats of weight and input, and why the layer stays float where it does."""
+    if pattern := next((p for p in recipe.ignore if matches(p, name)), None):
+        return (), (), f"matches the ignore pattern {pattern!r}"
+    if not recipe.selects(name):
+        return (), (), "matches none of the targets"
+    if kind == "embedding":
+        formats = recipe.embedding_formats()
+        return tuple(f.name for f in formats), (), "" if formats else "the recipe leaves embeddings at 16 bits"
+    rule = recipe.rule(name, head=name in structure.outer_linears)
+    weight, read = tuple(f.name for f in rule.weight_formats), tuple(f.name for f in rule.input_formats)
+    if not weight:
+        return weight, read, "the recipe leaves it at 16 bits"
+    return weight, read, "" if read else "input at 16 bits"

@@ -1,0 +1,83 @@
+"""``llm-fp4 eval``: perplexity, distance to the float model, zero-shot accuracy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from llm_fp4.cli import options
+from llm_fp4.cli.render import print_json, print_table
+from llm_fp4.cli.working import working
+
+
+def evaluate(
+    path: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint of llm-fp4, or a float model: directory, hub name or .gguf file.")],
+    text: Annotated[str | None, typer.Option("--text", "-t", metavar="FILE", show_default=False, help="Text for perplexity: .txt, .jsonl, .json.gz, .parquet or a hub data set.")] = None,
+    reference: Annotated[str | None, typer.Option("--reference", metavar="SRC", show_default=False, help="The float model, for KL divergence and agreement.")] = None,
+    length: Annotated[int, typer.Option("--length", min=2, metavar="N", help="Tokens in a window.")] = 512,
+    windows: Annotated[int | None, typer.Option("--windows", min=1, metavar="N", show_default=False, help="At most this many windows.  [default: all]")] = None,
+    zeroshot: Annotated[
+        list[str] | None,
+        typer.Option("--zeroshot", metavar="FILE.jsonl", show_default=False, help="Questions, each an object with query, choices and gold; may be repeated."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", metavar="NAME,NAME", show_default=False, help="Tasks of lm-eval (extra: evaluation).")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", show_default=False, help="Questions of each file or task.  [default: all]")] = None,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure the model DIR on a text, on questions, or both; all in float32.
+
+    \b
+    Examples:
+      llm-fp4 eval smollm-fp4 --text wiki.txt --reference HuggingFaceTB/SmolLM2-135M-Instruct
+      llm-fp4 eval smollm-fp4 --text wiki.txt --windows 16 --json
+      llm-fp4 eval smollm-fp4 --zeroshot arc_easy.jsonl --zeroshot piqa.jsonl
+    """
+    if text is None and not zeroshot and not tasks:
+        raise typer.BadParameter("name something to measure on: --text, --zeroshot or --tasks")
+    if text is None and reference is not None:
+        raise typer.BadParameter("--reference compares predictions on a text; add --text")
+    from llm_fp4 import api
+    from llm_fp4.evaluation import evaluate_tasks
+
+    result: dict[str, Any] = {"path": path}
+    with working(quiet) as progress:
+        loaded = api.load_any(path, device=device, progress=progress)
+        if text is not None:
+            metrics = api.evaluate(loaded, text=text, reference=reference, length=length, windows=windows, device=device, progress=progress)
+            result["text"] = {"file": text, "length": length, **{name: asdict(each) for name, each in metrics.items()}}
+        if zeroshot:
+            answers = api.answer_questions(loaded, zeroshot, limit=limit, progress=progress)
+            result["zeroshot"] = {name: asdict(each) for name, each in answers.items()}
+        if tasks:
+            names = [t.strip() for t in tasks.split(",") if t.strip()]
+            result["tasks"] = evaluate_tasks(loaded.model, loaded.tokenizer, names, limit)
+    if "float" in result.get("text", {}):
+        measured = result["text"]
+        measured["gap"] = math.log(measured["model"]["perplexity"] / measured["float"]["perplexity"])
+    if as_json:
+        print_json(result)
+    else:
+        _show(result, path)
+
+
+def _show(result: dict[str, Any], path: str) -> None:
+    if "text" in result:
+        text = result["text"]
+        rows = [
+            (path if name == "model" else "float reference", m["perplexity"], m["kl"], m["top1"], m["tokens"])
+            for name, m in text.items() if name in ("float", "model")
+        ]  # fmt: skip
+        print_table(("model", "perplexity", "KL (nats)", "top-1 agreement", "tokens"), rows)
+        if "gap" in text:
+            print(f"ln(perplexity / float perplexity) = {text['gap']:.4f}")
+    if "zeroshot" in result:
+        rows = [(name, z["acc"], z["acc_norm"], z["n"]) for name, z in result["zeroshot"].items()]
+        print_table(("questions", "acc", "acc_norm", "n"), rows)
+    if "tasks" in result:
+        rows = [(task, name, value) for task, values in result["tasks"].items() for name, value in values.items()]
+        print_table(("task", "metric", "value"), rows)

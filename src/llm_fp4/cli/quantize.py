@@ -1,0 +1,90 @@
+"""``llm-fp4 quantize``: a float model to a packed checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from llm_fp4.cli import options
+from llm_fp4.cli.failures import Interrupted
+from llm_fp4.cli.render import print_facts, print_json, size
+from llm_fp4.cli.working import working
+
+
+class Propagation(StrEnum):
+    """What each block reads: the quantized blocks' output before it, or the float model's."""
+
+    sequential = "sequential"
+    parallel = "parallel"
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A hub name, a directory, or a .gguf file.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The checkpoint directory to write; must not exist.")],
+    recipe: options.RecipeName = "fpq",
+    bits: options.BitsOption = None,
+    lm_head_bits: options.LmHeadBits = None,
+    calibration: options.CalibrationSource = None,
+    sequences: options.Sequences = None,
+    length: options.Length = None,
+    ignore: options.Ignore = None,
+    targets: options.Targets = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, metavar="N", show_default=False, help="Rounds of the search.  [default: 3]")] = None,
+    propagation: Annotated[
+        Propagation | None,
+        typer.Option("--propagation", show_default=False, help="Calibrate each block on quantized or on float inputs.  [default: sequential]"),
+    ] = None,
+    seed: options.Seed = None,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Quantize the model SRC and write the checkpoint OUT.
+
+    Options override the recipe's fields. An interrupted run is continued by the same command; its finished blocks lie in OUT.partial.
+
+    \b
+    Examples:
+      llm-fp4 quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm-fp4
+      llm-fp4 quantize ./model out --bits 4/4/8 --calibration text.txt
+      llm-fp4 quantize model.gguf out --recipe minmax-int --ignore lm_head
+    """
+    wish = options.recipe_of(
+        recipe, bits=bits, lm_head_bits=lm_head_bits, calibration=calibration, sequences=sequences, length=length, ignore=ignore,
+        targets=targets, rounds=rounds, propagation=propagation.value if propagation else None, seed=seed,
+    )  # fmt: skip
+    import llm_fp4
+
+    began = time.monotonic()
+    try:
+        with working(quiet) as progress:
+            made = llm_fp4.quantize(source, out, wish, device=device, progress=progress)
+            found = llm_fp4.inspect_model(made)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; finished blocks are kept, and the same command continues after them") from None
+    seconds = time.monotonic() - began
+    packed = [layer for layer in found.layers if layer.weight]
+    weights = Counter(layer.weight[0] for layer in packed)
+    inputs = Counter(layer.input[0] if layer.input else "float" for layer in packed if layer.kind == "linear")
+    if as_json:
+        print_json({
+            "out": str(made), "recipe": found.recipe, "method": found.method, "bits": found.bits, "float_bytes": found.float_bytes,
+            "bytes": found.bytes, "seconds": seconds, "layers": len(packed), "float_layers": len(found.layers) - len(packed),
+            "weight_formats": weights, "input_formats": inputs,
+        })  # fmt: skip
+        return
+    ratio = f" ({found.float_bytes / found.bytes:.2f} times smaller)" if found.float_bytes else ""
+    print_facts([
+        ("checkpoint", out), ("recipe", f"{found.recipe} {found.bits}"), ("float model", size(found.float_bytes)),
+        ("on disk", size(found.bytes) + ratio), ("seconds", f"{seconds:.1f}"),
+        ("layers", f"{len(packed)} quantized, {len(found.layers) - len(packed)} left in float"),
+        ("weight formats", _counts(weights)), ("input formats", _counts(inputs)),
+    ])  # fmt: skip
+
+
+def _counts(formats: Counter[str]) -> str:
+    return ", ".join(f"{n} {name.upper() if name != 'float' else name}" for name, n in formats.most_common()) or "none"
