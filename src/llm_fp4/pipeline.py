@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from llm_fp4.calibration import collect, shared_inputs
 from llm_fp4.checkpoint import RunStore
 from llm_fp4.errors import RecipeError, UnsupportedError
-from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, set_module
+from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, set_module, weight_shapes
 from llm_fp4.nn import QuantEmbedding, QuantLinear
 from llm_fp4.numerics import PerRow, QuantizedTensor, parse, quantize_tensor, require_finite
 from llm_fp4.plan import FixedWeight, SiteResult, WeightPlan
@@ -69,7 +70,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.runner = BlockRunner(self.model, self.structure.blocks)
-        self.shapes = {n: tuple(cast(Tensor, self.model.get_submodule(n).weight).shape) for n in self.structure.names()}
+        self.shapes = weight_shapes(self.model, self.structure)
         self.sequential = self.recipe.search.propagation == "sequential"
         self.shared_head = shared_heads(self.structure, self.recipe)
 
@@ -135,7 +136,7 @@ class Job:
             for i in range(len(self.batches)):
                 self.store.save_input(unit + 1, i, run(i))
         for group in self._sites(shared_inputs(selected, lambda: run(0)), selected):
-            self._site(group, selected, [(lambda i=i: run(i), self._mask(i)) for i in range(len(self.batches))], plans)
+            self._site(group, selected, self._runs(run), plans)
         if self.sequential:
             for i in range(len(self.batches)):
                 self.store.save_input(unit + 1, i, run(i))
@@ -156,8 +157,7 @@ class Job:
             return self.runner.tail(self.batches[i], self.store.input(unit, i).to(self.device))
 
         for group in self._sites(shared_inputs(selected, lambda: run(0)), selected, head=True):
-            runs: Runs = [(lambda i=i: run(i), self._mask(i)) for i in range(len(self.batches))]  # type: ignore[misc]
-            self._site(group, selected, runs, plans, head=True)
+            self._site(group, selected, self._runs(run), plans, head=True)
         tensors = self._tensors(self.model, "")
         apart = (*self.structure.blocks, *self.structure.embeddings)
         shared = {f"{h}.{t}" for h in self.shared_head for t in ("weight_packed", "weight_scale")}
@@ -176,19 +176,25 @@ class Job:
         """
         ran = {n for g in groups for n in g}
         if idle := sorted(set(selected) - ran):
-            raise UnsupportedError(f"{idle[0]} did not run on the calibration data, so it cannot be quantized; add --ignore {idle[0]}")
+            raise UnsupportedError(
+                f"{idle[0]} did not run on the calibration data, so it cannot be quantized; add --ignore {idle[0]}"
+            )
         out: dict[tuple[int, Any], list[str]] = {}
         for i, group in enumerate(groups):
             for n in group:
                 rule = self.recipe.rule(n, head=head)
                 if not rule.weight_formats:
-                    raise RecipeError(f"{n} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it")
+                    raise RecipeError(
+                        f"{n} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it"
+                    )
                 out.setdefault((i, (rule.input_formats, rule.granularity, rule.shift)), []).append(n)
         return list(out.values())
 
-    def _site(self, group: list[str], selected: dict[str, nn.Module], runs: Runs, plans: dict[str, Any], head: bool = False) -> None:
+    def _site(
+        self, group: list[str], selected: dict[str, nn.Module], runs: Runs, plans: dict[str, Any], head: bool = False
+    ) -> None:
         name = group[0]
-        weights = {n: selected[n].weight.detach().float() for n in group}
+        weights = {n: cast(Tensor, selected[n].weight).detach().float() for n in group}
         for n, w in weights.items():
             require_finite(w, f"the weight of {n}")
         fixed = {n: self._stored_embedding(n) for n in group if head and n in self.shared_head}
@@ -213,6 +219,10 @@ class Job:
             set_module(self.model, n, QuantLinear.from_plan(quantized, plan, bias))
 
     # --- helpers ------------------------------------------------------------------------------------
+
+    def _runs(self, run: Callable[[int], object]) -> Runs:
+        """Return ``run`` of every batch, with the batch's mask."""
+        return [(partial(run, i), self._mask(i)) for i in range(len(self.batches))]
 
     def _mask(self, i: int) -> Tensor | None:
         mask: Tensor | None = self.batches[i].get("attention_mask")
@@ -240,13 +250,13 @@ class Job:
         for name in self.structure.embeddings:
             table = self.model.get_submodule(name)
             if not self.keep and not isinstance(table, _ZeroEmbedding):
-                set_module(self.model, name, _ZeroEmbedding(table.embedding_dim))
+                set_module(self.model, name, _ZeroEmbedding(cast(int, table.embedding_dim)))
         self._load_outer(self.structure.outer_linears)
 
     def _float_head_gram(self, head: str) -> Tensor:
         """Return X'X of the head's input in the float model, streamed block by block."""
         folder = self.store.scratch
-        hidden = {i: folder / f"float-{i}.pt" for i in range(len(self.batches))}
+        hidden = {i: folder / f"float-{i}.safetensors" for i in range(len(self.batches))}
         for i, batch in enumerate(self.batches):
             write_tensors(hidden[i], {"hidden": self.runner.first_hidden(batch)})
         for index, name in enumerate(self.structure.blocks):
@@ -256,15 +266,15 @@ class Job:
                 write_tensors(hidden[i], {"hidden": self.runner.run(index, block, batch, x)})
             self.source.release(self.model, name)
             self.progress("float statistics of the output head", index + 1, len(self.structure.blocks))
+
+        def run(i: int) -> object:
+            return self.runner.tail(self.batches[i], load_file(hidden[i])["hidden"].to(self.device))
+
         stub = nn.Identity()
         module = self.model.get_submodule(head)
         set_module(self.model, head, stub)  # only its input is wanted
         try:
-            runs: Runs = [
-                (lambda i=i: self.runner.tail(self.batches[i], load_file(hidden[i])["hidden"].to(self.device)), self._mask(i))  # type: ignore[misc]
-                for i in hidden
-            ]
-            store = collect({head: stub}, runs, folder)[head]
+            store = collect({head: stub}, self._runs(run), folder)[head]
         finally:
             set_module(self.model, head, module)
         gram = SiteStatistics(head, store, self.device, self.recipe.seed).gram

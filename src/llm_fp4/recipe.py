@@ -48,7 +48,9 @@ class Bits(_Strict):
         if not re.fullmatch(r"\d+/\d+/\d+", text):
             raise RecipeError(f"--bits {text!r} is not embedding/weight/activation bits; write 4/4/4 or 16/4/8, say")
         embedding, weight, activation = map(int, text.split("/"))
-        return validated(cls, {"embedding": embedding, "weight": weight, "activation": activation, "lm_head": lm_head}, f"--bits {text}")
+        widths = {"embedding": embedding, "weight": weight, "activation": activation, "lm_head": lm_head}
+        bits: Bits = validated(cls, widths, f"--bits {text}")
+        return bits
 
     def __str__(self) -> str:
         return f"{self.embedding}/{self.weight}/{self.activation}"
@@ -165,7 +167,9 @@ class Recipe(_Strict):
         for where, pattern in patterns:
             if not any(matches(pattern, name) for name in names):
                 some = ", ".join(sorted(set(names), key=len)[:4])
-                raise RecipeError(f"pattern {pattern!r} in {where} matches no module; the model has {some}, ... (see llm-fp4 inspect)")
+                raise RecipeError(
+                    f"pattern {pattern!r} in {where} matches no module; the model has {some}, ... (see llm-fp4 inspect)"
+                )
 
     def rule(self, name: str, *, head: bool = False) -> ModuleRule:
         """Return the rule of the linear called ``name``; ``head`` marks the output projection.
@@ -204,7 +208,9 @@ class Recipe(_Strict):
             return formats_of_width(bits)
         chosen = tuple(f for f in (parse(f"int{bits}") if n == "int" else parse(n) for n in names) if f.bits == bits)
         if not chosen:
-            raise RecipeError(f"none of the formats {', '.join(names)} has the {bits} bits asked for {what}; change the formats or the bits")
+            raise RecipeError(
+                f"none of the formats {', '.join(names)} has the {bits} bits asked for {what}; change the formats or the bits"
+            )
         if unsigned := [f.name for f in chosen if not f.signed]:
             raise RecipeError(f"unsigned formats ({', '.join(unsigned)}) are not implemented for {what}; use signed ones")
         return chosen

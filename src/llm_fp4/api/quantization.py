@@ -15,7 +15,7 @@ from llm_fp4.api.calibrate import calibration_tokens
 from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, token_batches
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError
-from llm_fp4.models import FloatModel, InMemory, Structure, open_model
+from llm_fp4.models import FloatModel, InMemory, Structure, open_model, weight_shapes
 from llm_fp4.pipeline import Job, shared_heads
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
@@ -50,7 +50,7 @@ def quantize(
     structure = checked_structure(opened.model, recipe)
     fingerprint = {"source": _fingerprint(opened), "recipe": dump_recipe(recipe), "device": target.type}
     store = RunStore(work, fingerprint, len(structure.blocks) + 2)
-    shapes = {n: tuple(opened.model.get_submodule(n).weight.shape) for n in structure.names()}
+    shapes = weight_shapes(opened.model, structure)
     config = _config(opened.model, structure, recipe)
     tokens = calibration_tokens(opened, recipe, store, progress, tokens)
     with float32_everywhere(opened.model, target):

@@ -3,9 +3,9 @@
 from llm_fp4.models.runner import Batch, BlockRunner
 from llm_fp4.models.skeleton import FloatModel, open_model
 from llm_fp4.models.source import InMemory, LazyFiles, WeightSource
-from llm_fp4.models.structure import Structure, find_stacks, find_structure, set_module
+from llm_fp4.models.structure import Structure, find_stacks, find_structure, set_module, weight_shapes
 
 __all__ = [
     "Batch", "BlockRunner", "FloatModel", "InMemory", "LazyFiles", "Structure", "WeightSource",
-    "find_stacks", "find_structure", "open_model", "set_module",
+    "find_stacks", "find_structure", "open_model", "set_module", "weight_shapes",
 ]  # fmt: skip

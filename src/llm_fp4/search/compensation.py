@@ -20,14 +20,14 @@ _BLOCK = 128  # columns between two updates of all later columns
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Return the upper Cholesky factor of the inverse of ``hessian`` (in, in) with ``damping`` of its mean diagonal added."""
-    size = hessian.shape[0]
     damped = hessian.double().clone()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = diagonal.mean().clamp_min(1e-12)  # dead channels
     diagonal += damping * diagonal.mean()
     lower = torch.linalg.cholesky(damped)
     inverse = torch.cholesky_inverse(lower)
-    return torch.linalg.cholesky(inverse, upper=True).float().reshape(size, size)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
 
 
 def compensate(weight: Tensor, gram: Gram, scale: Tensor, fmt: FloatFormat, damping: float = 0.01) -> Tensor:

@@ -42,9 +42,7 @@ def descend(
     total = max(sum(energy.values()), 1e-30)
 
     choice: InputChoice | None = None
-    starts = [
-        maximum_choice(statistics.channel_absmax, f, per_token=per_token, shift=rule.shift) for f in rule.input_formats
-    ]
+    starts = [maximum_choice(statistics.channel_absmax, f, per_token=per_token, shift=rule.shift) for f in rule.input_formats]
     if starts:
         rows, row_weight = statistics.sample(search.sample_tokens)
         stacked = torch.cat(list(weights.values()))

@@ -28,10 +28,7 @@ class OutputError:
         self.rows, self._row_weight = rows, row_weight
         self._quadratic = weight.shape[0] > 2 * weight.shape[1]
         d = weight - quantized
-        if self._quadratic:
-            pairs = (weight.t() @ weight, d.t() @ weight, d.t() @ d)
-        else:
-            pairs = (weight.t(), d.t())
+        pairs = [weight.t() @ weight, d.t() @ weight, d.t() @ d] if self._quadratic else [weight.t(), d.t()]
         self._forms = [as_operand(p.contiguous()) for p in pairs]
 
     def __call__(self, quantized_rows: Tensor) -> Tensor:

@@ -68,7 +68,9 @@ def choose_weight(
                 value = weight_loss(w, quantized, qq, c)
                 return value if row_penalty == 0 else value.add_((w - quantized).square_().sum(1), alpha=row_penalty)
 
-            parts.append(grid.minimise(loss, scale_of_max(w.abs().amax(1), fmt), fmt, None if current is None else current[fmt][rows]))
+            parts.append(
+                grid.minimise(loss, scale_of_max(w.abs().amax(1), fmt), fmt, None if current is None else current[fmt][rows])
+            )
         scales[fmt], value = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         if best is None or value.double().sum() < best.loss.double().sum():
             best = WeightChoice(fmt, scales[fmt], value)
