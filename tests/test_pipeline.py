@@ -152,11 +152,11 @@ def test_quantize_module_works_on_any_module_with_blocks() -> None:
 
 
 def test_more_bits_lose_less(tmp_path: Path, source: Path, tokens: Tensor, tiny_llama: Callable[..., Any]) -> None:
-    reference = tiny_llama(tie_word_embeddings=True)(tokens).logits.log_softmax(-1)
+    reference = tiny_llama(tie_word_embeddings=True)(tokens).logits.detach().log_softmax(-1)
     loss = {}
     for bits in ("4/4/4", "4/4/8", "8/8/8"):
         model = llm_fp4.load(llm_fp4.quantize(source, tmp_path / bits.replace("/", "-"), recipe(bits), tokens=tokens))
-        loss[bits] = float((reference.exp() * (reference - model(tokens).logits.log_softmax(-1))).sum(-1).mean())
+        loss[bits] = (reference.exp() * (reference - model(tokens).logits.log_softmax(-1))).sum(-1).mean().item()
     assert loss["8/8/8"] < loss["4/4/8"] < loss["4/4/4"]
 
 
@@ -173,7 +173,7 @@ def test_refusals_come_before_anything_is_written(tmp_path: Path, source: Path, 
 
 def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path: Path, source: Path, tokens: Tensor) -> None:
     def killed(stage: str, done: int, total: int) -> None:
-        if done == 1:
+        if stage == "quantize" and done == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
