@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from llm_fp4.calibration import collect, shared_inputs
 from llm_fp4.checkpoint import RunStore
 from llm_fp4.errors import RecipeError, UnsupportedError
-from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, set_module
+from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, set_module, weight_shapes
 from llm_fp4.nn import QuantEmbedding, QuantLinear
-from llm_fp4.numerics import PerRow, parse, quantize_tensor, require_finite
-from llm_fp4.plan import SiteResult, WeightPlan
+from llm_fp4.numerics import PerRow, QuantizedTensor, parse, quantize_tensor, require_finite
+from llm_fp4.plan import FixedWeight, SiteResult, WeightPlan
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe
 from llm_fp4.search import embedding_plan, search_site
@@ -69,6 +70,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.runner = BlockRunner(self.model, self.structure.blocks)
+        self.shapes = weight_shapes(self.model, self.structure)
         self.sequential = self.recipe.search.propagation == "sequential"
         self.shared_head = shared_heads(self.structure, self.recipe)
 
@@ -104,8 +106,8 @@ class Job:
             head = next((h for h, e in self.shared_head.items() if e == name), None)
             searched = self.recipe.search if self.recipe.method.startswith("fpq") else None
             gram = self._float_head_gram(head) if head and searched else None
-            plan = embedding_plan(name, weight, self.recipe.embedding_formats(), searched, gram)
-            quantized = quantize_tensor(weight, plan.scale, plan.format, PerRow(), name)
+            plan, rounded = embedding_plan(name, weight, self.recipe.embedding_formats(), searched, gram)
+            quantized = quantize_tensor(rounded, plan.scale, plan.format, PerRow(), name)
             replaced[name] = QuantEmbedding.from_quantized(quantized, torch.float32, float(getattr(table, "embed_scale", 1.0)))
             tensors |= {f"{name}.weight_packed": quantized.packed, f"{name}.weight_scale": quantized.scale}
             plans[name] = {"kind": "embedding", **plan.to_json()}
@@ -134,7 +136,7 @@ class Job:
             for i in range(len(self.batches)):
                 self.store.save_input(unit + 1, i, run(i))
         for group in self._sites(shared_inputs(selected, lambda: run(0)), selected):
-            self._site(group, selected, [(lambda i=i: run(i), self._mask(i)) for i in range(len(self.batches))], plans)
+            self._site(group, selected, self._runs(run), plans)
         if self.sequential:
             for i in range(len(self.batches)):
                 self.store.save_input(unit + 1, i, run(i))
@@ -155,8 +157,7 @@ class Job:
             return self.runner.tail(self.batches[i], self.store.input(unit, i).to(self.device))
 
         for group in self._sites(shared_inputs(selected, lambda: run(0)), selected, head=True):
-            runs: Runs = [(lambda i=i: run(i), self._mask(i)) for i in range(len(self.batches))]  # type: ignore[misc]
-            self._site(group, selected, runs, plans, head=True)
+            self._site(group, selected, self._runs(run), plans, head=True)
         tensors = self._tensors(self.model, "")
         apart = (*self.structure.blocks, *self.structure.embeddings)
         shared = {f"{h}.{t}" for h in self.shared_head for t in ("weight_packed", "weight_scale")}
@@ -175,22 +176,28 @@ class Job:
         """
         ran = {n for g in groups for n in g}
         if idle := sorted(set(selected) - ran):
-            raise UnsupportedError(f"{idle[0]} did not run on the calibration data, so it cannot be quantized; add --ignore {idle[0]}")
+            raise UnsupportedError(
+                f"{idle[0]} did not run on the calibration data, so it cannot be quantized; add --ignore {idle[0]}"
+            )
         out: dict[tuple[int, Any], list[str]] = {}
         for i, group in enumerate(groups):
             for n in group:
                 rule = self.recipe.rule(n, head=head)
                 if not rule.weight_formats:
-                    raise RecipeError(f"{n} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it")
+                    raise RecipeError(
+                        f"{n} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it"
+                    )
                 out.setdefault((i, (rule.input_formats, rule.granularity, rule.shift)), []).append(n)
         return list(out.values())
 
-    def _site(self, group: list[str], selected: dict[str, nn.Module], runs: Runs, plans: dict[str, Any], head: bool = False) -> None:
+    def _site(
+        self, group: list[str], selected: dict[str, nn.Module], runs: Runs, plans: dict[str, Any], head: bool = False
+    ) -> None:
         name = group[0]
-        weights = {n: selected[n].weight.detach().float() for n in group}
+        weights = {n: cast(Tensor, selected[n].weight).detach().float() for n in group}
         for n, w in weights.items():
             require_finite(w, f"the weight of {n}")
-        fixed = {n: self._embedding_plan_of(n) for n in group if head and n in self.shared_head}
+        fixed = {n: self._stored_embedding(n) for n in group if head and n in self.shared_head}
         rules = {n: self.recipe.rule(n, head=head) for n in group}
         stores = collect({name: selected[name]}, runs, self.store.scratch)
         statistics = SiteStatistics(name, stores[name], self.device, self.recipe.seed ^ zlib.crc32(name.encode()))
@@ -206,12 +213,16 @@ class Job:
     def _replace(self, weights: dict[str, Tensor], selected: dict[str, nn.Module], result: SiteResult) -> None:
         plan = result.input
         for n, w in weights.items():
-            source = w if plan is None or plan.smooth is None else w * plan.smooth
+            source = result.rounded.get(n, w if plan is None or plan.smooth is None else w * plan.smooth)
             quantized = quantize_tensor(source, result.weights[n].scale.to(w.device), result.weights[n].format, PerRow(), n)
             bias = getattr(selected[n], "bias", None)
             set_module(self.model, n, QuantLinear.from_plan(quantized, plan, bias))
 
     # --- helpers ------------------------------------------------------------------------------------
+
+    def _runs(self, run: Callable[[int], object]) -> Runs:
+        """Return ``run`` of every batch, with the batch's mask."""
+        return [(partial(run, i), self._mask(i)) for i in range(len(self.batches))]
 
     def _mask(self, i: int) -> Tensor | None:
         mask: Tensor | None = self.batches[i].get("attention_mask")
@@ -220,11 +231,14 @@ class Job:
     def _quantized_embeddings(self) -> set[str]:
         return {n for n in self.structure.embeddings if self.recipe.selects(n) and self.recipe.embedding_formats()}
 
-    def _embedding_plan_of(self, head: str) -> WeightPlan:
-        """Return the decision for a head that shares its embedding's codes, read back from the first unit."""
+    def _stored_embedding(self, head: str) -> FixedWeight:
+        """Return the weight of a head that shares its embedding's codes, read back from the first unit."""
         embedding = self.shared_head[head]
-        fmt = parse(self.store.plans()[0]["weights"][embedding]["format"])
-        return WeightPlan(head, fmt, self.store.saved(0)[f"{embedding}.weight_scale"])
+        fmt, stored = parse(self.store.plans()[0]["weights"][embedding]["format"]), self.store.saved(0)
+        packed, scale = stored[f"{embedding}.weight_packed"].to(self.device), stored[f"{embedding}.weight_scale"].to(self.device)
+        rows, columns = self.shapes[embedding]
+        values = QuantizedTensor(packed, scale, fmt, PerRow(), (rows, columns)).dequantize()
+        return FixedWeight(WeightPlan(head, fmt, scale), values)
 
     def _load_outer(self, skip: list[str]) -> None:
         """Make every parameter outside the blocks real, except those of the modules ``skip``."""
@@ -236,13 +250,13 @@ class Job:
         for name in self.structure.embeddings:
             table = self.model.get_submodule(name)
             if not self.keep and not isinstance(table, _ZeroEmbedding):
-                set_module(self.model, name, _ZeroEmbedding(table.embedding_dim))
+                set_module(self.model, name, _ZeroEmbedding(cast(int, table.embedding_dim)))
         self._load_outer(self.structure.outer_linears)
 
     def _float_head_gram(self, head: str) -> Tensor:
         """Return X'X of the head's input in the float model, streamed block by block."""
         folder = self.store.scratch
-        hidden = {i: folder / f"float-{i}.pt" for i in range(len(self.batches))}
+        hidden = {i: folder / f"float-{i}.safetensors" for i in range(len(self.batches))}
         for i, batch in enumerate(self.batches):
             write_tensors(hidden[i], {"hidden": self.runner.first_hidden(batch)})
         for index, name in enumerate(self.structure.blocks):
@@ -252,15 +266,15 @@ class Job:
                 write_tensors(hidden[i], {"hidden": self.runner.run(index, block, batch, x)})
             self.source.release(self.model, name)
             self.progress("float statistics of the output head", index + 1, len(self.structure.blocks))
+
+        def run(i: int) -> object:
+            return self.runner.tail(self.batches[i], load_file(hidden[i])["hidden"].to(self.device))
+
         stub = nn.Identity()
         module = self.model.get_submodule(head)
         set_module(self.model, head, stub)  # only its input is wanted
         try:
-            runs: Runs = [
-                (lambda i=i: self.runner.tail(self.batches[i], load_file(hidden[i])["hidden"].to(self.device)), self._mask(i))  # type: ignore[misc]
-                for i in hidden
-            ]
-            store = collect({head: stub}, runs, folder)[head]
+            store = collect({head: stub}, self._runs(run), folder)[head]
         finally:
             set_module(self.model, head, module)
         gram = SiteStatistics(head, store, self.device, self.recipe.seed).gram

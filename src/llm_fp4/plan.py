@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.errors import CheckpointError, UnsupportedError
-from llm_fp4.numerics import FloatFormat, QuantizedTensor, parse
+from llm_fp4.numerics import FloatFormat, parse
 
 LIMB = 127  # the largest magnitude of one signed int8 limb
 TWO_LIMBS = 16383  # high * 128 + low with low in 0..127 and high in -128..127
@@ -100,7 +100,9 @@ class InputPlan:
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        histogram = torch.bincount(self.shift.long(), minlength=self.spec.max_shift + 1).tolist() if self.shift is not None else None
+        histogram = None
+        if self.shift is not None:
+            histogram = torch.bincount(self.shift.long(), minlength=self.spec.max_shift + 1).tolist()
         return {
             "operands": self.operands, **self.spec.to_json(), "scale": float(self.scale), "shift_histogram": histogram,
             "error": self.error, "sink_ratio": self.sink_ratio, "reason": self.reason,
@@ -122,9 +124,22 @@ class WeightPlan:
 
 
 @dataclass
+class FixedWeight:
+    """A weight decided before its site is searched (a head that shares its embedding's codes)."""
+
+    plan: WeightPlan
+    values: Tensor  # (out, in) float32, as stored
+
+
+@dataclass
 class SiteResult:
-    """What the search returns for one site: the input's plan (None in weight-only recipes) and its weights."""
+    """What the search returns for one site.
+
+    Attributes:
+        input: None in weight-only recipes.
+        rounded: (out, in) values on the grid of weights that are not simply rounded to nearest (error compensation).
+    """
 
     input: InputPlan | None
     weights: dict[str, WeightPlan]
-    tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
+    rounded: dict[str, Tensor] = field(default_factory=dict)

@@ -48,7 +48,9 @@ class Bits(_Strict):
         if not re.fullmatch(r"\d+/\d+/\d+", text):
             raise RecipeError(f"--bits {text!r} is not embedding/weight/activation bits; write 4/4/4 or 16/4/8, say")
         embedding, weight, activation = map(int, text.split("/"))
-        return validated(cls, {"embedding": embedding, "weight": weight, "activation": activation, "lm_head": lm_head}, f"--bits {text}")
+        widths = {"embedding": embedding, "weight": weight, "activation": activation, "lm_head": lm_head}
+        bits: Bits = validated(cls, widths, f"--bits {text}")
+        return bits
 
     def __str__(self) -> str:
         return f"{self.embedding}/{self.weight}/{self.activation}"
@@ -90,13 +92,20 @@ class InputRules(_Strict):
 
 
 class SearchRules(_Strict):
-    """Effort of the search. ``grid``: "log2" around the calibrated maximum, or the "paper"'s multiples of the bias."""
+    """Effort of the search.
+
+    ``grid``: "log2" around the calibrated maximum, or the "paper"'s multiples of the bias. ``propagation``: inputs through
+    the quantized blocks before, or the float model's own. ``compensation``: after the search, choose levels so that
+    later columns make up for the errors of earlier ones; ``damping`` is added to its Hessian.
+    """
 
     grid: Literal["log2", "paper"] = "log2"
     rounds: int = Field(default=3, ge=1)
     candidates: int = Field(default=100, ge=2, description="points of the paper grid")
     sample_tokens: int = Field(default=1024, ge=16)
     propagation: Literal["sequential", "parallel"] = "sequential"
+    compensation: Literal["none", "gptq"] = "none"
+    damping: float = Field(default=0.01, gt=0, lt=1)
 
 
 class Calibration(_Strict):
@@ -158,7 +167,9 @@ class Recipe(_Strict):
         for where, pattern in patterns:
             if not any(matches(pattern, name) for name in names):
                 some = ", ".join(sorted(set(names), key=len)[:4])
-                raise RecipeError(f"pattern {pattern!r} in {where} matches no module; the model has {some}, ... (see llm-fp4 inspect)")
+                raise RecipeError(
+                    f"pattern {pattern!r} in {where} matches no module; the model has {some}, ... (see llm-fp4 inspect)"
+                )
 
     def rule(self, name: str, *, head: bool = False) -> ModuleRule:
         """Return the rule of the linear called ``name``; ``head`` marks the output projection.
@@ -197,7 +208,9 @@ class Recipe(_Strict):
             return formats_of_width(bits)
         chosen = tuple(f for f in (parse(f"int{bits}") if n == "int" else parse(n) for n in names) if f.bits == bits)
         if not chosen:
-            raise RecipeError(f"none of the formats {', '.join(names)} has the {bits} bits asked for {what}; change the formats or the bits")
+            raise RecipeError(
+                f"none of the formats {', '.join(names)} has the {bits} bits asked for {what}; change the formats or the bits"
+            )
         if unsigned := [f.name for f in chosen if not f.signed]:
             raise RecipeError(f"unsigned formats ({', '.join(unsigned)}) are not implemented for {what}; use signed ones")
         return chosen
@@ -233,6 +246,7 @@ def validated(model: type[Any], data: Any, where: str) -> Any:
 PRESETS: dict[str, dict[str, Any]] = {
     "fpq": {"method": "fpq"},
     "fpq-baseline": {"method": "fpq-baseline", "inputs": {"shift": False, "sinks": "static"}},
+    "fpq-gptq": {"method": "fpq", "search": {"compensation": "gptq"}},
     "minmax-fp": {"method": "minmax", "inputs": {"shift": False, "sinks": "static"}},
     "minmax-int": {
         "method": "minmax",
@@ -251,6 +265,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 SUMMARIES: dict[str, str] = {
     "fpq": "format, scale and channel shift searched by output error; per-token scale at attention-sink sites (default)",
     "fpq-baseline": "format and scale searched, static per-tensor inputs without shift",
+    "fpq-gptq": "fpq, then levels chosen with error compensation (GPTQ on the float grid)",
     "minmax-fp": "the standard float format of the width (E2M1, E4M3), scales from the largest magnitude",
     "minmax-int": "symmetric integers (INT4 is -7..7, the grid of E1M2), scales from the largest magnitude",
     "smoothquant": "integers with input range migrated into the weights (alpha 0.5), scales from the largest magnitude",

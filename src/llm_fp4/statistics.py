@@ -29,7 +29,7 @@ class TokenStore:
 
     def append(self, rows: Tensor) -> None:
         """Append (n, channels) rows."""
-        self._file.write(memoryview(rows.detach().to("cpu", torch.float32).contiguous().numpy()).cast("B"))
+        self._file.write(rows.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         self.tokens += len(rows)
 
     @cached_property

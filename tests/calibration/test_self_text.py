@@ -54,6 +54,8 @@ def test_tokens_follow_the_models_own_distribution(tiny_llama: Callable[..., Any
     model.lm_head.bias = torch.nn.Parameter(weight.log())
     model.generation_config.top_k = 3  # a shipped generation config must not narrow the text
     model.generation_config.temperature = 0.1
+    model.generation_config.min_p = 0.5
+    model.generation_config.repetition_penalty = 9.0
     drawn = write_text(model, tiny_tokenizer, sequences=32, length=130, seed=0)[:, 2:].flatten()
     counts = torch.bincount(drawn, minlength=260)[2:258].view(8, 32).sum(1).double()
     expected = weight[2:258].view(8, 32).sum(1).double()
@@ -100,3 +102,17 @@ def test_a_broken_model_and_one_that_cannot_write(tiny_llama: Callable[..., Any]
         write_text(model, tiny_tokenizer, sequences=1, length=8, seed=0)
     with pytest.raises(CalibrationError, match=r"Linear cannot write its own calibration text; calibrate on a text file"):
         write_text(torch.nn.Linear(2, 2), tiny_tokenizer, sequences=1, length=8, seed=0)
+
+
+def test_a_batch_holds_no_more_keys_and_values_than_its_budget(
+    tiny_llama: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = tiny_llama(), []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda start, **options: (rows.append(len(start)), generate(start, **options))[1])
+    a_sequence = 2 * 2 * 2 * 8 * 4 * 10  # keys and values, layers, heads, head width, bytes of float32, tokens
+    for budget, expected in [(1, [1] * 5), (3 * a_sequence, [3, 2]), (4 * a_sequence - 1, [3, 2]), (1 << 30, [5])]:
+        rows.clear()
+        monkeypatch.setattr("llm_fp4.calibration.self_text.CACHE_BYTES", budget)
+        write_text(model, tiny_tokenizer, sequences=5, length=10, seed=0)
+        assert rows == expected

@@ -12,7 +12,7 @@ import torch
 from tokenizers import processors
 
 from llm_fp4.errors import CalibrationError, NonFiniteError
-from llm_fp4.evaluation import Item, log_likelihoods, read_items, score_choices
+from llm_fp4.evaluation import ANSWER, Item, log_likelihoods, read_items, score_choices
 from llm_fp4.evaluation.zeroshot import encode_pair
 
 ITEMS = [
@@ -89,7 +89,7 @@ def test_a_tokenizers_own_bos_is_context(tiny_tokenizer: Any) -> None:
 def test_the_suffix_follows_the_query(tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> None:
     model = tiny_llama()
     spelled = [Item(item.query.rstrip() + "\nAnswer:", item.choices, item.gold) for item in ITEMS]
-    assert score_choices(model, tiny_tokenizer, ITEMS, suffix="\nAnswer:") == score_choices(model, tiny_tokenizer, spelled)
+    assert score_choices(model, tiny_tokenizer, ITEMS, suffix=ANSWER) == score_choices(model, tiny_tokenizer, spelled)
 
 
 def test_a_model_that_knows_the_answers_is_right(tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> None:

@@ -50,7 +50,7 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
 def token_batches(tokens: Tensor, device: torch.device) -> list[Batch]:
     """Return (sequences, length) token ids as batches of about 4,096 tokens; the split never depends on the machine."""
     size = max(1, _BATCH_TOKENS // tokens.shape[1])
-    return [{"input_ids": part.to(device), "use_cache": False} for part in tokens.split(size)]
+    return [{"input_ids": part.to(device), "use_cache": False} for part in torch.split(tokens, size)]
 
 
 def checked_device(name: str) -> torch.device:

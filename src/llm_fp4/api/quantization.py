@@ -19,7 +19,7 @@ from llm_fp4.api.calibrate import calibration_tokens
 from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, token_batches
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError
-from llm_fp4.models import FloatModel, InMemory, Structure, open_model
+from llm_fp4.models import FloatModel, InMemory, Structure, open_model, weight_shapes
 from llm_fp4.pipeline import Job, shared_heads
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
@@ -69,7 +69,7 @@ def _fill(
     progress: Progress,
 ) -> None:  # fmt: skip
     """Run what the store lacks and move the finished checkpoint to ``out``."""
-    shapes = {n: tuple(opened.model.get_submodule(n).weight.shape) for n in structure.names()}
+    shapes = weight_shapes(opened.model, structure)
     config = _config(opened.model, structure, recipe)
     float_bytes = opened.bytes_float
     tokens = calibration_tokens(opened, recipe, store, progress, tokens)
@@ -139,7 +139,9 @@ def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:
     config["architectures"] = [type(model).__name__]
     shared = shared_heads(structure, recipe)
     for head, embedding in structure.tied.items():
-        if head not in shared and (recipe.selects(head) or recipe.selects(embedding)):
+        packed_head = recipe.selects(head) and recipe.rule(head, head=True).weight_formats
+        packed_embedding = recipe.selects(embedding) and recipe.embedding_formats()
+        if head not in shared and (packed_head or packed_embedding):
             config["tie_word_embeddings"] = False  # stored apart from now on
     return config
 

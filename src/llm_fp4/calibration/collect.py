@@ -55,9 +55,7 @@ def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def collect(
-    linears: Linears, runs: Iterable[tuple[Callable[[], object], Tensor | None]], folder: Path
-) -> dict[str, TokenStore]:
+def collect(linears: Linears, runs: Iterable[tuple[Callable[[], object], Tensor | None]], folder: Path) -> dict[str, TokenStore]:
     """Return the rows every one of ``linears`` reads over all ``runs``, stored in ``folder``.
 
     Args:

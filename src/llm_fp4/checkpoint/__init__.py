@@ -1,7 +1,16 @@
 """Checkpoints: the manifest, the store of a run that can be continued, and the finished directory."""
 
 from llm_fp4.checkpoint.finish import finish_checkpoint
-from llm_fp4.checkpoint.manifest import METHOD, VERSION, Manifest, ModuleEntry, manifest_of_plans, read_config, read_manifest, verify
+from llm_fp4.checkpoint.manifest import (
+    METHOD,
+    VERSION,
+    Manifest,
+    ModuleEntry,
+    manifest_of_plans,
+    read_config,
+    read_manifest,
+    verify,
+)
 from llm_fp4.checkpoint.run_store import RunStore
 
 __all__ = [

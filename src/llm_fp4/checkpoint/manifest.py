@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llm_fp4.errors import CheckpointError, LlmFp4Error, RecipeError
+from llm_fp4.errors import CheckpointError, LlmFp4Error
 from llm_fp4.numerics import FloatFormat, packed_width, parse
 from llm_fp4.plan import InputSpec
 from llm_fp4.storage import TensorFiles
@@ -63,7 +63,7 @@ class ModuleEntry:
                 raise CheckpointError(f"kind {data['kind']!r} with shape {data['shape']}")
             spec = InputSpec.from_json(data["input"]) if data.get("input") else None
             return cls(data["kind"], parse(data["weight"]), (rows, columns), spec, data.get("tied_to"))
-        except (KeyError, TypeError, ValueError, RecipeError, LlmFp4Error) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, LlmFp4Error) as error:
             raise CheckpointError(f"the manifest entry of {name} cannot be read ({error}); the checkpoint is damaged or needs a newer llm-fp4") from None
 
     def tensors(self) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ from llm_fp4.evaluation.running import device_of, evaluating
 from llm_fp4.progress import Progress, silent
 
 STAGE = "zero-shot"
+ANSWER = "\nAnswer:"  # what lm-eval's prompts of ARC and PIQA put after the question
 BATCH_TOKENS = 1024  # padded tokens run at once
 
 
@@ -134,8 +135,7 @@ def score_choices(
     """Return how many questions the model answers rightly, each choice scored as ``query + suffix + " " + choice``.
 
     Args:
-        suffix: put after the query, stripped of trailing blanks where it is not empty: "\\nAnswer:" makes
-            lm-eval's prompts of ARC and PIQA.
+        suffix: put after the query, whose trailing blanks then go; ``ANSWER`` makes lm-eval's prompts of ARC and PIQA.
     Raises:
         CalibrationError: no items, or a choice of no tokens.
         NonFiniteError: the model gives NaN.

@@ -27,8 +27,13 @@ class LlmFp4Quantizer(HfQuantizer):  # type: ignore[misc]
     """Loads checkpoints that llm-fp4 quantized; it does not quantize while loading."""
 
     requires_calibration = True
-    is_serializable = True
-    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
 
     def _manifest(self) -> Manifest:
         return read_manifest(self.quantization_config.to_dict(), "config.json")

@@ -52,7 +52,7 @@ def quantize_input(
         step: (1, 1) or (tokens, 1) float32, ``scale * 2**-max_shift``.
     """
     fmt = FloatFormat(exponent_bits, mantissa_bits, signed)
-    x = x.float()
+    x = x.float().contiguous()
     step = token_scale(x, scale, shift, smooth, fmt.max_level) if per_token else scale.reshape(1, 1)
     level = round_to_level(x * _multiplier(step, shift, smooth), fmt).nan_to_num_(nan=0.0)
     if shift is not None:
@@ -77,6 +77,12 @@ def _int8_product(a: Tensor, b: Tensor) -> Tensor:
         wide = torch.nn.functional.pad(a, (0, inner - a.shape[1], 0, rows - len(a)))
         tall = torch.nn.functional.pad(b, (0, inner - b.shape[1], 0, out - len(b)))
         return torch._int_mm(wide, tall.t())[: len(a), : len(b)]
+    # _int_mm on a CPU takes leading dimensions from the strides, which mean nothing where a dimension is 1: with one
+    # channel it returns garbage, and with one row of stride 0 as well (pytorch/pytorch#195066)
+    if a.shape[1] == 1:
+        return a.int() * b.int().t()
+    if len(a) == 1:
+        a = a.clone(memory_format=torch.contiguous_format)
     return torch._int_mm(a, b.t())
 
 

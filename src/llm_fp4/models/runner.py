@@ -7,7 +7,7 @@ arguments (masks, positions, the encoder's states) its block would get; only the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -80,14 +80,12 @@ class BlockRunner:
     def arguments(self, index: int, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments block ``index`` gets for ``batch``; for blocks after the first the hidden states are not real."""
         self.stop, self.call = index, None
-        with self._stubs():
-            try:
-                self.model(**batch)
-            except _Stop:
-                pass
-        if self.call is None:
+        with self._stubs(), suppress(_Stop):
+            self.model(**batch)
+        call: tuple[tuple[Any, ...], dict[str, Any]] | None = self.call
+        if call is None:
             raise SourceError(f"the forward pass of {type(self.model).__name__} never reached {self.blocks[index]}; its blocks do not run in order")
-        return self.call
+        return call
 
     def first_hidden(self, batch: Batch) -> Tensor:
         """Return the (batch, tokens, channels) input of the first block."""

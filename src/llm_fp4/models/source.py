@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from llm_fp4.errors import SourceError
 from llm_fp4.storage import TensorFiles
 
-
 Wanted = Callable[[str], bool]
 
 
@@ -43,7 +42,8 @@ class InMemory:
         pass
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._dtypes.get(name, torch.float32)
+        found: torch.dtype = self._dtypes.get(name, torch.float32)
+        return found
 
 
 class LazyFiles:

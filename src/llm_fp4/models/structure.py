@@ -47,7 +47,8 @@ def find_structure(model: nn.Module) -> Structure:
     """Return the structure of ``model``, which may lie on the meta device."""
     blocks = [f"{name}.{i}" for name, stack in find_stacks(model).items() for i in range(len(stack))]
     linears: dict[str, list[str]] = {b: [] for b in blocks}
-    outer, embeddings = [], []
+    outer: list[str] = []
+    embeddings: list[str] = []
     for name, module in model.named_modules():
         owner = next((b for b in blocks if name.startswith(f"{b}.")), None)
         if isinstance(module, nn.Linear):
@@ -70,6 +71,15 @@ def _tied(model: nn.Module, outer: list[str], embeddings: list[str]) -> dict[str
             if weight is table or says:
                 pairs[head] = name
     return pairs
+
+
+def weight_shapes(model: nn.Module, structure: Structure) -> dict[str, tuple[int, int]]:
+    """Return the (rows, columns) of every module a recipe can target."""
+    shapes = {}
+    for name in structure.names():
+        rows, columns = model.get_submodule(name).weight.shape  # type: ignore[misc]
+        shapes[name] = (int(rows), int(columns))
+    return shapes
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

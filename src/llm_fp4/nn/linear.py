@@ -30,7 +30,7 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         before = {n: getattr(self, n) for n in self.kept if getattr(self, n, None) is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
             moved = getattr(self, name)
             if moved.dtype != tensor.dtype:
@@ -107,7 +107,8 @@ class QuantLinear(PackedModule):
             if spec is not None:
                 rows = fake_quantize_input(rows, spec, self.input_scale, self.input_shift, self.input_smooth)
             out = float_linear(rows.float(), *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
-        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        result: Tensor = out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return result
 
     def extra_repr(self) -> str:
         spec = f"{self.spec.format}, {self.spec.granularity}, shift<={self.spec.max_shift}" if self.spec else "float"

@@ -23,11 +23,17 @@ def replace_module(model: nn.Module, name: str, fmt: FloatFormat, spec: InputSpe
     try:
         parent, old = model.get_submodule(parent_name), model.get_submodule(name)
     except AttributeError:
-        raise CheckpointError(f"the checkpoint quantizes {name}, which {type(model).__name__} does not have; they do not belong together") from None
+        raise CheckpointError(
+            f"the checkpoint quantizes {name}, which {type(model).__name__} does not have; they do not belong together"
+        ) from None
     if not isinstance(old, nn.Linear | nn.Embedding):
-        raise CheckpointError(f"the checkpoint quantizes {name}, but that is a {type(old).__name__} here; they do not belong together")
+        raise CheckpointError(
+            f"the checkpoint quantizes {name}, but that is a {type(old).__name__} here; they do not belong together"
+        )
     if tuple(old.weight.shape) != shape:
-        raise CheckpointError(f"{name} is {tuple(old.weight.shape)} in the model, the manifest makes it {shape}; they do not belong together")
+        raise CheckpointError(
+            f"{name} is {tuple(old.weight.shape)} in the model, the manifest makes it {shape}; they do not belong together"
+        )
     device, dtype = old.weight.device, old.weight.dtype
     new: PackedModule
     if isinstance(old, nn.Linear):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -39,10 +39,12 @@ class FloatFormat:
     signed: bool = True
 
     def __post_init__(self) -> None:
-        if self.exponent_bits < 1 or self.mantissa_bits < 0 or not 3 <= self.bits <= 8:
+        if self.exponent_bits < 1 or self.mantissa_bits < 0:
+            raise RecipeError(f"format {self.name} does not exist; give it at least 1 exponent bit, such as e2m1")
+        if not 3 <= self.bits <= 8:
             raise RecipeError(f"format {self.name} has {self.bits} bits; formats of 3 to 8 bits exist, such as e2m1 or e4m3")
         if self.max_level >= 2**63:
-            raise RecipeError(f"format {self.name} spans 2**{self.max_level.bit_length()} steps; use at most 6 exponent bits, e5m2 say")
+            raise RecipeError(f"format {self.name} spans more than 2**63 steps; give it fewer exponent bits, such as e5m2")
 
     @property
     def bits(self) -> int:
@@ -79,10 +81,10 @@ class FloatFormat:
     def bias_of_max(self, maximum: Tensor | float) -> Tensor:
         """Return the bias at which ``maximum`` is the largest value (Eq. 7)."""
         top = math.log2(2 - 2**-self.mantissa_bits)
-        return 2**self.exponent_bits - torch.log2(torch.as_tensor(maximum, dtype=torch.float64)) + top - 1
+        return 2.0**self.exponent_bits - torch.log2(torch.as_tensor(maximum, dtype=torch.float64)) + top - 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def _levels(fmt: FloatFormat) -> tuple[int, ...]:
     m = fmt.mantissa_bits
     magnitude = []

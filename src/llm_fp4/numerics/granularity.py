@@ -55,13 +55,17 @@ class PerBlock:
 
     block_size: int
 
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise RecipeError(f"block_size {self.block_size} is impossible; a block holds at least 1 value")
+
     @property
     def name(self) -> str:
         return f"per_block_{self.block_size}"
 
     def absmax(self, x: Tensor) -> Tensor:
         padded = pad(x.abs(), (0, -x.shape[-1] % self.block_size))
-        return padded.unflatten(-1, (-1, self.block_size)).amax(-1)
+        return padded.reshape(*x.shape[:-1], padded.shape[-1] // self.block_size, self.block_size).amax(-1)
 
     def expand(self, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
         return scale.repeat_interleave(self.block_size, -1)[..., : shape[-1]]

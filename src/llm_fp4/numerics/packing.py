@@ -36,7 +36,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     codes = pad(codes, (0, -codes.shape[-1] % group))
     if bits == 4:  # the common case, without the detour through int64
         return codes[..., 0::2] | (codes[..., 1::2] << 4)
-    grouped = codes.unflatten(-1, (-1, group)).long()  # (..., groups, group)
+    grouped = codes.reshape(*codes.shape[:-1], codes.shape[-1] // group, group).long()  # (..., groups, group)
     word = (grouped << (bits * torch.arange(group, device=codes.device))).sum(-1)
     parts = [(word >> (8 * i) & 0xFF).to(torch.uint8) for i in range(group * bits // 8)]
     return torch.stack(parts, -1).flatten(-2)
@@ -55,7 +55,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         return codes[..., :columns]
     group = 8 // gcd(8, bits)
     size = group * bits // 8
-    grouped = packed.unflatten(-1, (-1, size)).long()  # (..., groups, bytes)
+    grouped = packed.reshape(*packed.shape[:-1], packed.shape[-1] // size, size).long()  # (..., groups, bytes)
     word = (grouped << (8 * torch.arange(size, device=packed.device))).sum(-1)
     parts = [(word >> (bits * i) & (2**bits - 1)).to(torch.uint8) for i in range(group)]
     return torch.stack(parts, -1).flatten(-2)[..., :columns]

@@ -11,7 +11,7 @@ from llm_fp4.errors import UnsupportedError
 from llm_fp4.numerics.formats import FloatFormat
 from llm_fp4.numerics.granularity import Granularity
 from llm_fp4.numerics.packing import pack, packed_width, unpack
-from llm_fp4.numerics.rounding import decode, encode
+from llm_fp4.numerics.rounding import decode, encode_levels, require_finite, round_to_level
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,16 @@ def quantize_tensor(x: Tensor, scale: Tensor, fmt: FloatFormat, granularity: Gra
     """Return (rows, columns) ``x`` as codes of ``fmt`` under ``scale``.
 
     Raises:
-        NonFiniteError: ``x`` holds NaN or infinity; the message says ``name``.
+        NonFiniteError: ``x`` or ``scale`` holds NaN or infinity; the message says ``name``.
+        ValueError: an element of ``scale`` is not positive, or so small that its reciprocal is infinite.
     """
     scale = scale.to(torch.float32)
-    codes = encode(x.float() * (1.0 / granularity.expand(scale, tuple(x.shape))), fmt, name)
+    require_finite(x, name)
+    require_finite(scale, f"the scale of {name}")
+    inverse = 1.0 / scale
+    if not bool(((scale > 0) & torch.isfinite(inverse)).all()):
+        raise ValueError(f"the scale of {name} holds values that are not positive or below 2**-127; all-zero rows take 1")
+    # a finite value over a small step may overflow to infinity, which saturates like any other large value
+    level = round_to_level(x.float() * granularity.expand(inverse, tuple(x.shape)), fmt)
+    codes = encode_levels(level, fmt)
     return QuantizedTensor(pack(codes, fmt.bits), scale, fmt, granularity, (x.shape[0], x.shape[1]))

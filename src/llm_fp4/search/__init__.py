@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llm_fp4.plan import SiteResult, WeightPlan
+from llm_fp4.plan import FixedWeight, SiteResult
 from llm_fp4.recipe import ModuleRule, Recipe
+from llm_fp4.search.compensation import compensate_site
 from llm_fp4.search.descent import descend
 from llm_fp4.search.embedding import embedding_plan
 from llm_fp4.search.minmax import minmax
@@ -17,7 +18,7 @@ __all__ = ["embedding_plan", "search_site"]
 
 def search_site(
     name: str, weights: dict[str, Tensor], statistics: SiteStatistics, rules: dict[str, ModuleRule], recipe: Recipe,
-    fixed: dict[str, WeightPlan] | None = None,
+    fixed: dict[str, FixedWeight] | None = None,
 ) -> SiteResult:  # fmt: skip
     """Return the plan of one input site by the recipe's method.
 
@@ -39,6 +40,9 @@ def search_site(
         result = minmax(name, weights, statistics, rules, per_token=per_token, smooth=smooth, fixed=fixed)
     else:
         result = descend(name, weights, statistics, rules, recipe.search, per_token=per_token, fixed=fixed)
+        if recipe.search.compensation == "gptq":
+            compensate_site(weights, statistics, result, recipe.search.damping, fixed)
+    result.rounded |= {n: f.values for n, f in (fixed or {}).items()}
     if result.input is not None:
         result.input.sink_ratio, result.input.reason = ratio, reason
     return result

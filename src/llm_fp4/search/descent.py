@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_fp4.numerics import FloatFormat, fake_quantize
-from llm_fp4.plan import InputPlan, SiteResult, WeightPlan
+from llm_fp4.numerics import FloatFormat
+from llm_fp4.plan import FixedWeight, InputPlan, SiteResult, WeightPlan
 from llm_fp4.recipe import ModuleRule, SearchRules
 from llm_fp4.search.grids import Grid, Log2Grid, PaperGrid
 from llm_fp4.search.inputs import InputChoice, OutputError, choose_input, maximum_choice
@@ -27,7 +27,7 @@ def grids(rules: SearchRules) -> tuple[Grid, Grid]:
 
 def descend(
     name: str, weights: dict[str, Tensor], statistics: SiteStatistics, rules: dict[str, ModuleRule], search: SearchRules,
-    *, per_token: bool, fixed: dict[str, WeightPlan] | None = None,
+    *, per_token: bool, fixed: dict[str, FixedWeight] | None = None,
 ) -> SiteResult:  # fmt: skip
     """Return the plan of one site: every operand's format and scales, and the input's.
 
@@ -42,9 +42,7 @@ def descend(
     total = max(sum(energy.values()), 1e-30)
 
     choice: InputChoice | None = None
-    starts = [
-        maximum_choice(statistics.channel_absmax, f, per_token=per_token, shift=rule.shift) for f in rule.input_formats
-    ]
+    starts = [maximum_choice(statistics.channel_absmax, f, per_token=per_token, shift=rule.shift) for f in rule.input_formats]
     if starts:
         rows, row_weight = statistics.sample(search.sample_tokens)
         stacked = torch.cat(list(weights.values()))
@@ -62,12 +60,12 @@ def descend(
         chosen = {}
         for n, w in weights.items():
             if n in fixed:
-                chosen[n] = _fixed_choice(w, fixed[n], gram)
+                chosen[n] = _Fixed(fixed[n])
             else:
                 chosen[n], weight_scales[n] = choose_weight(w, gram, rules[n].weight_formats, weight_grid, weight_scales.get(n))
         best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
         if starts:
-            rounded = torch.cat([fake_quantize(w, chosen[n].scale.unsqueeze(1), chosen[n].format) for n, w in weights.items()])
+            rounded = torch.cat([chosen[n].values(w) for n, w in weights.items()])
             choice, input_scales = choose_input(OutputError(rows, row_weight, stacked, rounded), starts, input_grid, input_scales)
     assert best is not None
     if starts:
@@ -75,7 +73,8 @@ def descend(
         best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
     loss, choice, chosen, losses = best
     plans = {
-        n: fixed.get(n) or WeightPlan(n, c.format, c.scale, losses[n] / max(energy[n], 1e-30)) for n, c in chosen.items()
+        n: fixed[n].plan if n in fixed else WeightPlan(n, c.format, c.scale, losses[n] / max(energy[n], 1e-30))
+        for n, c in chosen.items()
     }
     if choice is None:
         return SiteResult(None, plans)
@@ -95,17 +94,24 @@ def _score(gram: Gram, weights: dict[str, Tensor], chosen: dict[str, WeightChoic
     """Return the squared output error over all calibration tokens, in sum and for each operand."""
     losses = {}
     for n, w in weights.items():
-        rounded = fake_quantize(w, chosen[n].scale.unsqueeze(1), chosen[n].format)
+        rounded = chosen[n].values(w)
         crossed = None if gram.eq is None else w @ gram.eq
-        loss = weight_loss(w, rounded, gram, crossed).double().sum()
+        loss = weight_loss(w, rounded, gram.qq, crossed).double().sum()
         if gram.ee is not None:
             loss = loss + ((w @ gram.ee) * w).double().sum()
         losses[n] = max(float(loss), 0.0)
     return sum(losses.values()), losses
 
 
-def _fixed_choice(weight: Tensor, plan: WeightPlan, gram: Gram) -> WeightChoice:
-    return WeightChoice(plan.format, plan.scale.to(weight.device), torch.zeros(len(weight), device=weight.device))
+class _Fixed(WeightChoice):
+    """A choice that is no choice: the stored values."""
+
+    def __init__(self, fixed: FixedWeight) -> None:
+        super().__init__(fixed.plan.format, fixed.plan.scale, torch.zeros(()))
+        self._values = fixed.values
+
+    def values(self, weight: Tensor) -> Tensor:
+        return self._values
 
 
 def _fixed_scale() -> Grid:

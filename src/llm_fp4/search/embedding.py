@@ -10,6 +10,7 @@ from torch import Tensor
 from llm_fp4.numerics import FloatFormat, fake_quantize, scale_of_max
 from llm_fp4.plan import WeightPlan
 from llm_fp4.recipe import SearchRules
+from llm_fp4.search.compensation import compensate
 from llm_fp4.search.descent import grids
 from llm_fp4.search.weights import choose_weight
 from llm_fp4.statistics import Gram
@@ -17,8 +18,8 @@ from llm_fp4.statistics import Gram
 
 def embedding_plan(
     name: str, weight: Tensor, formats: Sequence[FloatFormat], search: SearchRules | None, head_gram: Tensor | None = None
-) -> WeightPlan:
-    """Return the plan of an embedding, one scale a row.
+) -> tuple[WeightPlan, Tensor]:
+    """Return the plan of an embedding, one scale a row, and its (rows, in) values on that grid.
 
     Args:
         weight: (rows, in) float32. search: None takes the first format and each row's largest magnitude.
@@ -26,7 +27,8 @@ def embedding_plan(
             relative to their own energy: ``|x (w - w_hat)|^2 / |x w|^2 + |w - w_hat|^2 / |w|^2``, summed over rows.
     """
     if search is None:
-        return WeightPlan(name, formats[0], scale_of_max(weight.abs().amax(1), formats[0]))
+        scale = scale_of_max(weight.abs().amax(1), formats[0])
+        return WeightPlan(name, formats[0], scale), fake_quantize(weight, scale.unsqueeze(1), formats[0])
     energy = weight.double().square().sum()
     if head_gram is None:
         # the row error is the output error under an identity Gram matrix
@@ -36,5 +38,8 @@ def embedding_plan(
         gram, penalty = Gram(head_gram, None, None), float(output_energy / energy.clamp_min(1e-30))
     choice, _ = choose_weight(weight, gram, formats, grids(search)[0], row_penalty=penalty)
     rounded = fake_quantize(weight, choice.scale.unsqueeze(1), choice.format)
+    if head_gram is not None and search.compensation == "gptq":
+        joint = head_gram + penalty * torch.eye(len(head_gram), device=head_gram.device)
+        rounded = compensate(weight, Gram(joint, None, None), choice.scale, choice.format, search.damping)
     error = float((weight - rounded).double().square().sum() / energy.clamp_min(1e-30))
-    return WeightPlan(name, choice.format, choice.scale, error)
+    return WeightPlan(name, choice.format, choice.scale, error), rounded

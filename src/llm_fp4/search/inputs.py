@@ -12,6 +12,7 @@ from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.numerics import FloatFormat, scale_of_max
 from llm_fp4.plan import InputSpec
 from llm_fp4.search.grids import Grid
+from llm_fp4.search.ranking import as_operand, rank_product
 from llm_fp4.search.shift import channel_shift
 
 
@@ -25,21 +26,21 @@ class OutputError:
     def __init__(self, rows: Tensor, row_weight: Tensor, weight: Tensor, quantized: Tensor) -> None:
         """Args: rows (s, in), row_weight (s,), weight and quantized (out, in) of all operands stacked."""
         self.rows, self._row_weight = rows, row_weight
-        self._quadratic = weight.shape[0] > 3 * weight.shape[1]
-        if self._quadratic:
-            d = weight - quantized
-            self._ww, self._dw, self._dd = weight.t() @ weight, d.t() @ weight, d.t() @ d
-        else:
-            self._target, self._weight = rows @ weight.t(), quantized
+        self._quadratic = weight.shape[0] > 2 * weight.shape[1]
+        d = weight - quantized
+        pairs = [weight.t() @ weight, d.t() @ weight, d.t() @ d] if self._quadratic else [weight.t(), d.t()]
+        self._forms = [as_operand(p.contiguous()) for p in pairs]
 
     def __call__(self, quantized_rows: Tensor) -> Tensor:
         """Return the () float64 error of (s, in) rounded rows."""
+        e = self.rows - quantized_rows
         if self._quadratic:
-            e = self.rows - quantized_rows
-            cross = (e @ self._ww).add_(quantized_rows @ self._dw, alpha=2.0).mul_(e)
-            per_token = cross.add_((quantized_rows @ self._dd).mul_(quantized_rows)).sum(1)
+            ww, dw, dd = self._forms
+            cross = rank_product(e, ww).add_(rank_product(quantized_rows, dw), alpha=2.0).mul_(e)
+            per_token = cross.add_(rank_product(quantized_rows, dd).mul_(quantized_rows)).sum(1)
         else:
-            per_token = torch.addmm(self._target, quantized_rows, self._weight.t(), alpha=-1.0).square_().sum(1)
+            w, d = self._forms
+            per_token = rank_product(e, w).add_(rank_product(quantized_rows, d)).square_().sum(1)
         return torch.dot(per_token.double(), self._row_weight.double())
 
 

