@@ -51,7 +51,7 @@ def test_sites_see_what_hooks_on_the_whole_model_see(tmp_path: Path, tiny_llama:
     text.write_text("All the sailors sang of the wide sea. " * 30)
     recipe = Recipe.model_validate({"calibration": {"source": str(text), "sequences": 3, "length": 40}, "ignore": ["v_proj"]})
     sites = {s.name: s for s in activation_statistics(source, recipe)}
-    assert list(sites)[0] == "model.layers.0.self_attn.q_proj"
+    assert next(iter(sites)) == "model.layers.0.self_attn.q_proj"
     assert len(sites) == 2 * 4 + 1
     assert sites["model.layers.1.self_attn.q_proj"].operands == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"]
 

@@ -76,10 +76,9 @@ def _panels(block: str, sites: Sequence[SiteActivations]) -> Any:
         axes.plot(x, middle.numpy(), color=_INK, linewidth=0.8, label="median token")
         axes.plot(x, site.channel_absmax[order].clamp_min(2.0**-24).numpy(), color=_MAXIMUM, linewidth=0.8, label="maximum")
         axes.set_yscale("log", base=2)
-        axes.set_title(
-            f"{site.name.removeprefix(block).strip('.') or block}\nvariance between channels {site.inter_channel:.2f}, within {site.intra_channel:.2f} octaves²",
-            fontsize=9,
-        )
+        title = site.name.removeprefix(block).strip(".") or block
+        variances = f"variance between channels {site.inter_channel:.2f}, within {site.intra_channel:.2f} octaves²"
+        axes.set_title(f"{title}\n{variances}", fontsize=9)
         axes.set_xlabel("channel, by maximum", fontsize=8)
         axes.set_ylabel("|x|", fontsize=8)
         axes.tick_params(labelsize=7)

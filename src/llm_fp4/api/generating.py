@@ -39,10 +39,11 @@ def generate_text(
     )  # fmt: skip
     device_ = next(iter([*loaded.model.parameters(), *loaded.model.buffers()])).device
     inputs = inputs.to(device_)
+    streamer = None if on_text is None else _streamer(loaded.tokenizer, on_text)
     with torch.random.fork_rng(devices=[device_] if device_.type == "cuda" else []):
         torch.manual_seed(seed)
         tokens = loaded.model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=_streamer(loaded.tokenizer, on_text)
+            inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
         )
     text: str = loaded.tokenizer.decode(tokens[0, inputs.shape[1] :], skip_special_tokens=True)
     return text
@@ -63,11 +64,8 @@ def _prompt_tokens(loaded: Loaded, prompt: str, chat: bool) -> torch.Tensor:
     return torch.tensor([ids], dtype=torch.int64)
 
 
-def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
+def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
     from transformers import TextStreamer
-
-    if on_text is None:
-        return None
 
     class Streamer(TextStreamer):  # type: ignore[misc]
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

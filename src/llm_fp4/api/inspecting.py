@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 from llm_fp4.api.loading import is_checkpoint
 from llm_fp4.api.prepare import checked_structure
@@ -132,7 +134,7 @@ def _float(opened: FloatModel, recipe: Recipe) -> Inspection:
     shared = shared_heads(structure, recipe)
     layers = []
     for name in structure.names():
-        rows, columns = opened.model.get_submodule(name).weight.shape
+        rows, columns = cast(Tensor, opened.model.get_submodule(name).weight).shape
         kind = "embedding" if name in structure.embeddings else "linear"
         weight, read, reason = _candidates(name, kind, structure, recipe)
         if name in shared:

@@ -91,10 +91,11 @@ def load_any(path: str | Path, *, device: str = "cpu", progress: Progress = sile
 
 def whole_model(opened: FloatModel) -> nn.Module:
     """Return the opened float model with every tensor in memory, float32, in evaluation mode."""
-    model = opened.source.load(opened.model, "", torch.device("cpu"))
+    model: Any = opened.source.load(opened.model, "", torch.device("cpu"))
     if hasattr(model, "tie_weights"):
         model.tie_weights()  # a shared tensor was read once for each of its names
-    return model.eval()
+    whole: nn.Module = model.eval()
+    return whole
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -101,7 +101,7 @@ class Lines:
             if now - known.began >= SHORT:
                 self._write(f"{stage}: done in {span(now - known.began)}")
             del self._stages[stage]
-        elif now - self._last >= BETWEEN_LINES:
+        elif now - self._last >= BETWEEN_LINES and done > known.first:
             self._last, left = now, known.remaining(now)
             self._write(f"{stage}: {done:,}/{total:,}" + ("" if left is None else f", about {span(left)} left"))
 

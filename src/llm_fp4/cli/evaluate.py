@@ -11,12 +11,18 @@ import typer
 from llm_fp4.cli import options
 from llm_fp4.cli.render import print_json, print_table
 from llm_fp4.cli.working import working
+from llm_fp4.errors import CalibrationError
 
 
 def evaluate(
     path: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint of llm-fp4, or a float model: directory, hub name or .gguf file.")],
-    text: Annotated[str | None, typer.Option("--text", "-t", metavar="FILE", show_default=False, help="Text for perplexity: .txt, .jsonl, .json.gz, .parquet or a hub data set.")] = None,
-    reference: Annotated[str | None, typer.Option("--reference", metavar="SRC", show_default=False, help="The float model, for KL divergence and agreement.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", "-t", metavar="FILE", show_default=False, help="Text for perplexity: .txt, .jsonl, .json.gz, .parquet or a hub data set."),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="SRC", show_default=False, help="The float model, for KL divergence and agreement.")
+    ] = None,
     length: Annotated[int, typer.Option("--length", min=2, metavar="N", help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option("--windows", min=1, metavar="N", show_default=False, help="At most this many windows.  [default: all]")] = None,
     zeroshot: Annotated[
@@ -24,7 +30,9 @@ def evaluate(
         typer.Option("--zeroshot", metavar="FILE.jsonl", show_default=False, help="Questions, each an object with query, choices and gold; may be repeated."),
     ] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", metavar="NAME,NAME", show_default=False, help="Tasks of lm-eval (extra: evaluation).")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", show_default=False, help="Questions of each file or task.  [default: all]")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, metavar="N", show_default=False, help="Questions of each file or task.  [default: all]")
+    ] = None,
     device: options.Device = "cpu",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -54,6 +62,8 @@ def evaluate(
             answers = api.answer_questions(loaded, zeroshot, limit=limit, progress=progress)
             result["zeroshot"] = {name: asdict(each) for name, each in answers.items()}
         if tasks:
+            if loaded.tokenizer is None:
+                raise CalibrationError(f"{path} has no tokenizer, which tasks need; save one beside the model")
             names = [t.strip() for t in tasks.split(",") if t.strip()]
             result["tasks"] = evaluate_tasks(loaded.model, loaded.tokenizer, names, limit)
     if "float" in result.get("text", {}):
@@ -66,6 +76,7 @@ def evaluate(
 
 
 def _show(result: dict[str, Any], path: str) -> None:
+    rows: list[tuple[Any, ...]]
     if "text" in result:
         text = result["text"]
         rows = [

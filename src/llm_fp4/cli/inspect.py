@@ -20,12 +20,16 @@ FEW = 8  # calibration sequences, where only statistics are wanted
 def inspect(
     path: Annotated[str, typer.Argument(metavar="SRC|DIR", help="A checkpoint of llm-fp4, or a float model: directory, hub name or .gguf file.")],
     activations: Annotated[bool, typer.Option("--activations", help="Statistics of the float model's activations, input by input.")] = False,
-    figures: Annotated[str | None, typer.Option("--figures", metavar="FOLDER", show_default=False, help="Draw them as PNG files there (extra: figures).")] = None,
+    figures: Annotated[
+        str | None, typer.Option("--figures", metavar="FOLDER", show_default=False, help="Draw them as PNG files there (extra: figures).")
+    ] = None,
     recipe: options.RecipeName = "fpq",
     bits: options.BitsOption = None,
     lm_head_bits: options.LmHeadBits = None,
     calibration: options.CalibrationSource = None,
-    sequences: Annotated[int | None, typer.Option("--sequences", min=1, metavar="N", show_default=False, help=f"Calibration sequences.  [default: {FEW}]")] = None,
+    sequences: Annotated[
+        int | None, typer.Option("--sequences", min=1, metavar="N", show_default=False, help=f"Calibration sequences.  [default: {FEW}]")
+    ] = None,
     length: options.Length = None,
     ignore: options.Ignore = None,
     targets: options.Targets = None,
@@ -98,8 +102,12 @@ def _quantized(layers: list[LayerReport]) -> None:
 
 def _wish(layers: list[LayerReport]) -> None:
     rows = [
-        (layer.name, layer.kind, "x".join(map(str, layer.shape)), _formats(layer.weight), "" if layer.kind == "embedding" else _formats(layer.input), layer.reason) for layer in layers
-    ]
+        (
+            layer.name, layer.kind, "x".join(map(str, layer.shape)), _formats(layer.weight),
+            "" if layer.kind == "embedding" else _formats(layer.input), layer.reason,
+        )
+        for layer in layers
+    ]  # fmt: skip
     print_table(("layer", "kind", "shape", "weight", "input", "why"), rows)
     kept = sum(not layer.weight for layer in layers)
     print(f"{len(layers) - kept} layers to quantize, {kept} stay float; norms, biases and all other parameters stay float.")
@@ -107,7 +115,10 @@ def _wish(layers: list[LayerReport]) -> None:
 
 def _activations(sites: list[SiteActivations]) -> None:
     rows = [
-        (s.name, len(s.operands), len(s.channel_absmax), float(s.channel_absmax.max()), float(s.channel_absmax.median()), s.inter_channel, s.intra_channel, s.sink_ratio)
+        (
+            s.name, len(s.operands), len(s.channel_absmax), float(s.channel_absmax.max()), float(s.channel_absmax.median()),
+            s.inter_channel, s.intra_channel, s.sink_ratio,
+        )
         for s in sites
     ]  # fmt: skip
     columns = ("input of", "readers", "channels", "largest", "median channel max", "var. between", "var. within", "largest/median token")

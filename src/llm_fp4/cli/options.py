@@ -14,9 +14,14 @@ Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu or 
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A named recipe (see llm-fp4 recipes) or a YAML file.", metavar="NAME|FILE")]
 BitsOption = Annotated[
     str | None,
-    typer.Option("--bits", "-b", help="Bits of embedding, weight and activation: 3 to 8, or 16 for float.  [default: the recipe's, 4/4/4]", metavar="E/W/A", show_default=False),
+    typer.Option(
+        "--bits", "-b", metavar="E/W/A", show_default=False,
+        help="Bits of embedding, weight and activation: 3 to 8, or 16 for float.  [default: the recipe's, 4/4/4]",
+    ),
+]  # fmt: skip
+LmHeadBits = Annotated[
+    int | None, typer.Option("--lm-head-bits", metavar="N", show_default=False, help="Bits of the output head's weight.  [default: as weight]")
 ]
-LmHeadBits = Annotated[int | None, typer.Option("--lm-head-bits", help="Bits of the output head's weight.  [default: as weight]", metavar="N", show_default=False)]
 CalibrationSource = Annotated[
     str | None,
     typer.Option(

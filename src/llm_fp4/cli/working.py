@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import logging
 import sys
 import warnings
@@ -30,20 +32,24 @@ def working(quiet: bool) -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def _others_silent() -> Iterator[None]:
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    disabled, hub = logging.root.manager.disable, are_progress_bars_disabled()
+    tqdm = importlib.import_module("tqdm.std").tqdm
+    draw, disabled, hub = tqdm.__init__, logging.root.manager.disable, are_progress_bars_disabled()
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     try:
         logging.disable(logging.WARNING)
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         disable_progress_bars()
+        # dequantizing a GGUF draws a bar that none of these settings reaches
+        tqdm.__init__ = functools.partialmethod(draw, disable=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        tqdm.__init__ = draw
         logging.disable(disabled)
         transformers_logging.set_verbosity(verbosity)
         if bars:
