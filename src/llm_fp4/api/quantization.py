@@ -46,7 +46,7 @@ def quantize(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     out = Path(os.path.abspath(out))  # "." and ".." have no name to put beside
-    work = out.with_name(f"{out.name or 'root'}.partial")
+    work = out.parent / f"{out.name}.partial"
     if out.exists():
         if work.exists() and not (work / "checkpoint").exists():  # killed between the last rename and the clean-up
             shutil.rmtree(work, ignore_errors=True)

@@ -86,7 +86,8 @@ def _head(found: Inspection) -> None:
 def _quantized(layers: list[LayerReport]) -> None:
     rows = [
         (
-            layer.name, "x".join(map(str, layer.shape)), _formats(layer.weight), _range(layer.weight_scale), _formats(layer.input),
+            layer.name, "x".join(map(str, layer.shape)), _formats(layer.weight), _range(layer.weight_scale),
+            "" if layer.kind == "embedding" else _formats(layer.input),
             {"per_token": "token", "per_tensor": "tensor"}.get(layer.granularity or "", ""), layer.input_scale,
             " ".join(map(str, layer.shift_histogram or [])), layer.error, layer.reason,
         )
@@ -97,7 +98,7 @@ def _quantized(layers: list[LayerReport]) -> None:
 
 def _wish(layers: list[LayerReport]) -> None:
     rows = [
-        (layer.name, layer.kind, "x".join(map(str, layer.shape)), _formats(layer.weight), _formats(layer.input), layer.reason) for layer in layers
+        (layer.name, layer.kind, "x".join(map(str, layer.shape)), _formats(layer.weight), "" if layer.kind == "embedding" else _formats(layer.input), layer.reason) for layer in layers
     ]
     print_table(("layer", "kind", "shape", "weight", "input", "why"), rows)
     kept = sum(not layer.weight for layer in layers)

@@ -12,7 +12,7 @@ from llm_fp4.recipe import SUMMARIES, dump_recipe, load_recipe
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The recipe to print.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to print.", show_default=False)] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

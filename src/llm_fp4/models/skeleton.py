@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llm_fp4.errors import LlmFp4Error, SourceError
+from llm_fp4.models.gguf_header import check_gguf
 from llm_fp4.models.sizes import check_sizes
 from llm_fp4.models.source import InMemory, LazyFiles, WeightSource
 from llm_fp4.storage import TensorFiles
@@ -81,16 +82,18 @@ def _empty_model(model_class: Any, config: Any, path: Path) -> Any:
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = model_class._from_config(config) if hasattr(model_class, "_from_config") else model_class(config)
-            model.tie_weights()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.tie_weights()  # outside the block above, which makes a new parameter of every one that is set
             if getattr(model, "generation_config", None) is not None and (path / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(path)
     except Exception as error:  # whatever the model's code raises on sizes that do not fit together
-        raise SourceError(f"{path / 'config.json'} describes no {model_class.__name__} that can be built: {_first_line(error)}") from None
+        raise SourceError(f"{path / 'config.json'} describes no {model_class.__name__} that can be built: {_in_short(error)}") from None
     return model.eval()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def _in_short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _config(path: Path) -> Any:
@@ -98,8 +101,8 @@ def _config(path: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(path)
-    except (ValueError, OSError, KeyError) as error:
-        raise SourceError(f"{path / 'config.json'} is not a configuration transformers reads: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # it raises what its parsers and each model's own checks raise
+        raise SourceError(f"{path / 'config.json'} is not a configuration transformers reads: {_in_short(error)}") from None
 
 
 def _method(config: Any) -> str:
@@ -144,9 +147,7 @@ def _open_gguf(path: Path) -> FloatModel:
     """Return a GGUF file dequantized to float32 through transformers, all in memory."""
     from transformers import AutoModelForCausalLM
 
-    with path.open("rb") as handle:
-        if handle.read(4) != b"GGUF":
-            raise SourceError(f"{path} does not start as a GGUF file; it is corrupt or something else")
+    check_gguf(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except ImportError:
@@ -154,7 +155,7 @@ def _open_gguf(path: Path) -> FloatModel:
     except LlmFp4Error:
         raise
     except Exception as error:
-        raise SourceError(f"{path} cannot be read as GGUF ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); it may be truncated, download it again") from None
+        raise SourceError(f"{path} cannot be read as GGUF ({_in_short(error)}); it may be truncated, download it again") from None
     model.hf_quantizer = None  # what transformers loaded is plain float now
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

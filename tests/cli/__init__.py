@@ -1,0 +1,1 @@
+"""Tests of the command line, with what they share in conftest.py."""
