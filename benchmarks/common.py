@@ -35,12 +35,12 @@ def smollm2() -> Path:
 
 
 def texts(tokenizer: Any, length: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (windows, length) of calibration and of held-out text: two halves of WikiText-2 validation, or of Alice."""
+    """Return (windows, length) of calibration and of held-out text: the second and the first half of WikiText-2 validation, or of Alice."""
     wikitext = DATA / "text" / "wikitext2_valid_tokenized.txt"
     tokens = read_tokens(wikitext if wikitext.is_file() else ALICE, tokenizer)
     all_windows = tokens[: len(tokens) // length * length].view(-1, length)
     half = len(all_windows) // 2
-    return all_windows[:half], all_windows[half:]
+    return all_windows[half:], all_windows[:half]
 
 
 def spread(windows: torch.Tensor, count: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ class Job:
                 self._block(unit)
             else:
                 self._tail(unit)
+            gc.collect()  # modules and hooks refer to each other: a block's weights would wait for some later collection
             self.progress("quantize", unit + 1, units)
 
     # --- the units ----------------------------------------------------------------------------------

@@ -14,19 +14,7 @@ Loss = Callable[[Tensor], Tensor]
 """Maps scales of some shape to losses of the same shape; each element is minimised on its own."""
 
 
-class Grid(Protocol):
-    """Minimises a loss over scales, element by element."""
-
-    def minimise(self, loss: Loss, start: Tensor, fmt: FloatFormat, current: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return (scale, loss), both of the shape of ``start``.
-
-        Args:
-            start: the scale of the calibrated maximum. current: a scale found before, or None.
-        """
-        ...
-
-
-class _Best:
+class Best:
     """The best scale seen so far, element by element."""
 
     def __init__(self, loss: Loss, first: Tensor) -> None:
@@ -37,42 +25,85 @@ class _Best:
         better = value < self.value
         self.scale, self.value = torch.where(better, scale, self.scale), torch.where(better, value, self.value)
 
+    @property
+    def total(self) -> float:
+        """The loss summed over elements."""
+        return float(self.value.double().sum())
+
+
+class Grid(Protocol):
+    """Minimises a loss over scales, element by element, in two steps; only the best formats of the first take the second."""
+
+    def sweep(self, loss: Loss, start: Tensor, fmt: FloatFormat) -> Best:
+        """Return the best of the coarse candidates around ``start``, the scale of the calibrated maximum."""
+        ...
+
+    def refine(self, best: Best, again: bool) -> None:
+        """Improve ``best`` in place; ``again``: it comes from an earlier round, so the optimum may have moved."""
+        ...
+
 
 class Log2Grid:
-    """Additive in log2 of the scale: a coarse sweep below the maximum, then halved steps around the best.
-
-    The coarse sweep is skipped when a scale found in an earlier round is at hand.
-    """
+    """Additive in log2 of the scale: a coarse sweep below the maximum, then halved steps around the best."""
 
     def __init__(self, lowest: float, coarse: float = 0.25, highest: float = 0.25, refinements: int = 3) -> None:
         self._offsets = torch.arange(lowest, highest + 1e-6, coarse).tolist()
         self._fine = [coarse / 2 ** (i + 1) for i in range(refinements)]
         self._coarse = coarse
 
-    def minimise(self, loss: Loss, start: Tensor, fmt: FloatFormat, current: Tensor | None) -> tuple[Tensor, Tensor]:
-        best = _Best(loss, start if current is None else current)
-        for offset in self._offsets if current is None else ():
+    def sweep(self, loss: Loss, start: Tensor, fmt: FloatFormat) -> Best:
+        best = Best(loss, start)
+        for offset in self._offsets:
             if offset != 0.0:
                 best.try_scale(start * 2.0**offset)
-        for step in self._fine if current is None else [self._coarse, *self._fine]:
+        return best
+
+    def refine(self, best: Best, again: bool) -> None:
+        for step in [self._coarse, *self._fine] if again else self._fine:
             centre = best.scale
             best.try_scale(centre * 2.0**step)
             best.try_scale(centre * 2.0**-step)
-        return best.scale, best.value
 
 
 class PaperGrid:
     """``bias = gamma * bias_of_maximum``, gamma evenly spaced in [0.01, 1.2] (LLM-FP4, arXiv:2310.16836, §3).
 
-    It depends on the unit of the tensor, and is a single point where that bias is 0; kept for comparison.
+    It depends on the unit of the tensor, and is a single point where that bias is 0; kept for comparison. There is no
+    refinement: every round sweeps again.
     """
 
     def __init__(self, candidates: int = 100, low: float = 0.01, high: float = 1.2) -> None:
         self._gammas = torch.linspace(low, high, candidates).tolist()
 
-    def minimise(self, loss: Loss, start: Tensor, fmt: FloatFormat, current: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sweep(self, loss: Loss, start: Tensor, fmt: FloatFormat) -> Best:
         bias = fmt.bias_of_scale(start)
-        best = _Best(loss, start if current is None else current)
+        best = Best(loss, start)
         for gamma in self._gammas:
             best.try_scale(fmt.scale_of_bias(gamma * bias).float().clamp(2.0**-126, 2.0**100))
-        return best.scale, best.value
+        return best
+
+    def refine(self, best: Best, again: bool) -> None:
+        pass
+
+
+def search_formats(
+    losses: dict[FloatFormat, Loss], starts: dict[FloatFormat, Tensor], grid: Grid, current: dict[FloatFormat, Tensor] | None,
+    keep: int = 2,
+) -> dict[FloatFormat, Best]:  # fmt: skip
+    """Return the best scales of every format still in the race.
+
+    Args:
+        losses, starts: of every candidate format. current: the scales an earlier round kept, or None in the first.
+        keep: how many formats are refined after the sweep, the best ones.
+    """
+    if current is not None and not isinstance(grid, PaperGrid):
+        found = {fmt: Best(losses[fmt], scale) for fmt, scale in current.items()}
+    else:
+        found = {fmt: grid.sweep(loss, starts[fmt], fmt) for fmt, loss in losses.items()}
+        for fmt, scale in (current or {}).items():
+            found[fmt].try_scale(scale)
+        ranked = sorted(found, key=lambda fmt: found[fmt].total)[:keep]
+        found = {fmt: best for fmt, best in found.items() if fmt in ranked}
+    for best in found.values():
+        grid.refine(best, current is not None)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.numerics import FloatFormat, scale_of_max
 from llm_fp4.plan import InputSpec
-from llm_fp4.search.grids import Grid
+from llm_fp4.search.grids import Grid, Loss, search_formats
 from llm_fp4.search.ranking import as_operand, rank_product
 from llm_fp4.search.shift import channel_shift
 
@@ -70,18 +71,14 @@ def maximum_choice(channel_absmax: Tensor, fmt: FloatFormat, *, per_token: bool,
 def choose_input(
     error: OutputError, starts: Sequence[InputChoice], grid: Grid, current: dict[FloatFormat, Tensor] | None = None
 ) -> tuple[InputChoice, dict[FloatFormat, Tensor]]:
-    """Return the best of ``starts`` with its scale searched, and the scale found for every format."""
-    best: InputChoice | None = None
-    scales: dict[FloatFormat, Tensor] = {}
-    for start in starts:
-        fmt = start.spec.format
+    """Return the best of ``starts`` with its scale searched, and the scale of every format still in the race."""
+    by_format = {start.spec.format: start for start in starts}
 
-        def loss(scale: Tensor, start: InputChoice = start) -> Tensor:
-            return error(fake_quantize_input(error.rows, start.spec, scale, start.shift, None))
+    def loss(scale: Tensor, start: InputChoice) -> Tensor:
+        return error(fake_quantize_input(error.rows, start.spec, scale, start.shift, None))
 
-        scale, value = grid.minimise(loss, start.scale, fmt, None if current is None else current[fmt])
-        scales[fmt] = scale
-        if best is None or float(value) < best.loss:
-            best = InputChoice(start.spec, scale, start.shift, float(value))
-    assert best is not None
-    return best, scales
+    losses: dict[FloatFormat, Loss] = {fmt: partial(loss, start=start) for fmt, start in by_format.items()}
+    found = search_formats(losses, {fmt: start.scale for fmt, start in by_format.items()}, grid, current)
+    fmt = min(found, key=lambda f: found[f].total)
+    best = InputChoice(by_format[fmt].spec, found[fmt].scale, by_format[fmt].shift, found[fmt].total)
+    return best, {f: b.scale for f, b in found.items()}

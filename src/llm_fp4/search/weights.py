@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from llm_fp4.numerics import FloatFormat, fake_quantize, scale_of_max
-from llm_fp4.search.grids import Grid
+from llm_fp4.search.grids import Grid, Loss, search_formats
 from llm_fp4.search.ranking import as_operand, rank_product
 from llm_fp4.statistics import Gram
 
@@ -47,7 +48,7 @@ def choose_weight(
     weight: Tensor, gram: Gram, formats: Sequence[FloatFormat], grid: Grid, current: dict[FloatFormat, Tensor] | None = None,
     row_penalty: float = 0.0,
 ) -> tuple[WeightChoice, dict[FloatFormat, Tensor]]:  # fmt: skip
-    """Return the best format with its scales, and the scales found for every format (the next round's ``current``).
+    """Return the best format with its scales, and the scales of every format still in the race (the next round's ``current``).
 
     Args:
         weight: (out, in) float32. row_penalty: added times the plain squared row error, for a weight that is an
@@ -55,24 +56,19 @@ def choose_weight(
     """
     crossed = None if gram.eq is None else weight @ gram.eq
     qq = as_operand(gram.qq)
-    best: WeightChoice | None = None
-    scales: dict[FloatFormat, Tensor] = {}
-    for fmt in formats:
+
+    def loss(scale: Tensor, fmt: FloatFormat) -> Tensor:
         parts = []
         for start in range(0, len(weight), _ROWS):
             rows = slice(start, start + _ROWS)
-            w, c = weight[rows], None if crossed is None else crossed[rows]
+            w = weight[rows]
+            quantized = fake_quantize(w, scale[rows].unsqueeze(1), fmt)
+            value = weight_loss(w, quantized, qq, None if crossed is None else crossed[rows])
+            parts.append(value if row_penalty == 0 else value.add_((w - quantized).square_().sum(1), alpha=row_penalty))
+        return torch.cat(parts)
 
-            def loss(scale: Tensor, w: Tensor = w, c: Tensor | None = c, fmt: FloatFormat = fmt) -> Tensor:
-                quantized = fake_quantize(w, scale.unsqueeze(1), fmt)
-                value = weight_loss(w, quantized, qq, c)
-                return value if row_penalty == 0 else value.add_((w - quantized).square_().sum(1), alpha=row_penalty)
-
-            parts.append(
-                grid.minimise(loss, scale_of_max(w.abs().amax(1), fmt), fmt, None if current is None else current[fmt][rows])
-            )
-        scales[fmt], value = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-        if best is None or value.double().sum() < best.loss.double().sum():
-            best = WeightChoice(fmt, scales[fmt], value)
-    assert best is not None
-    return best, scales
+    losses: dict[FloatFormat, Loss] = {fmt: partial(loss, fmt=fmt) for fmt in formats}
+    absmax = weight.abs().amax(1)
+    found = search_formats(losses, {fmt: scale_of_max(absmax, fmt) for fmt in formats}, grid, current)
+    fmt = min(found, key=lambda f: found[f].total)
+    return WeightChoice(fmt, found[fmt].scale, found[fmt].value), {f: best.scale for f, best in found.items()}
