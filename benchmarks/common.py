@@ -53,5 +53,10 @@ def record(name: str, rows: list[dict[str, Any]]) -> None:
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
     command = "python " + shlex.join([str(Path(sys.argv[0]).name), *sys.argv[1:]])
-    data = {"command": f"cd benchmarks && {command}", "date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), "rows": rows}
+    data = {
+        "command": f"cd benchmarks && {command}",
+        "date": time.strftime("%Y-%m-%d"),
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+    }
     (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")

@@ -47,8 +47,17 @@ def main() -> None:
     llm_fp4.quantize(source, out, recipe, tokens=tokens)
     seconds = time.perf_counter() - start
     forward = statistics.median([*before, forward_seconds(model, tokens)])  # one after, as the machine's speed drifts
-    row = {"recipe": a.recipe, "rounds": a.rounds, "tokens": tokens.numel(), "seconds": seconds, "forward": forward, "forwards": seconds / forward}
-    print(f"{a.recipe}, {a.rounds} rounds, {tokens.numel()} tokens: {seconds:.0f} s = {seconds / forward:.1f} forward passes of {forward:.1f} s")
+    row = {
+        "recipe": a.recipe,
+        "rounds": a.rounds,
+        "tokens": tokens.numel(),
+        "seconds": seconds,
+        "forward": forward,
+        "forwards": seconds / forward,
+    }
+    print(
+        f"{a.recipe}, {a.rounds} rounds, {tokens.numel()} tokens: {seconds:.0f} s = {seconds / forward:.1f} forward passes of {forward:.1f} s"
+    )
     record("cost", [row])
 
 

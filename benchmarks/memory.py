@@ -43,17 +43,26 @@ def synthetic(folder: Path, blocks: int, width: int) -> None:
     )  # fmt: skip
 
     def shard(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        tensors = {n: torch.ones(s, dtype=torch.bfloat16) if len(s) == 1 else (torch.randn(s) * 0.02).bfloat16() for n, s in shapes.items()}
+        tensors = {
+            n: torch.ones(s, dtype=torch.bfloat16) if len(s) == 1 else (torch.randn(s) * 0.02).bfloat16() for n, s in shapes.items()
+        }
         save_file(tensors, folder / name)
         weight_map.update(dict.fromkeys(shapes, name))
 
     for i in range(blocks):
         p = f"model.layers.{i}."
         square = {f"{p}self_attn.{n}_proj.weight": (width, width) for n in "qkvo"}
-        wide = {f"{p}mlp.gate_proj.weight": (inner, width), f"{p}mlp.up_proj.weight": (inner, width), f"{p}mlp.down_proj.weight": (width, inner)}
+        wide = {
+            f"{p}mlp.gate_proj.weight": (inner, width),
+            f"{p}mlp.up_proj.weight": (inner, width),
+            f"{p}mlp.down_proj.weight": (width, inner),
+        }
         norms = {f"{p}input_layernorm.weight": (width,), f"{p}post_attention_layernorm.weight": (width,)}
         shard(f"block-{i:03d}.safetensors", square | wide | norms)
-    shard("outer.safetensors", {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)})
+    shard(
+        "outer.safetensors",
+        {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)},
+    )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config.save_pretrained(folder)
 

@@ -63,8 +63,21 @@ def main() -> None:
         result = compare(reference, {row: llm_fp4.load(out)}, measured)
         flat, ours = result["float"], result[row]
         gap = math.log(ours.perplexity / flat.perplexity)
-        rows.append({"row": row, "perplexity": ours.perplexity, "float": flat.perplexity, "G": gap, "kl": ours.kl, "top1": ours.top1, "seconds": seconds})
-        print(f"{row:24s} ppl {ours.perplexity:14.2f} (float {flat.perplexity:.2f})  G {gap:6.3f}  KL {ours.kl:6.3f}  top-1 {ours.top1:.3f}  {seconds:5.0f} s", flush=True)
+        rows.append(
+            {
+                "row": row,
+                "perplexity": ours.perplexity,
+                "float": flat.perplexity,
+                "G": gap,
+                "kl": ours.kl,
+                "top1": ours.top1,
+                "seconds": seconds,
+            }
+        )
+        print(
+            f"{row:24s} ppl {ours.perplexity:14.2f} (float {flat.perplexity:.2f})  G {gap:6.3f}  KL {ours.kl:6.3f}  top-1 {ours.top1:.3f}  {seconds:5.0f} s",
+            flush=True,
+        )
         record(a.name, rows)
 
 

@@ -42,7 +42,10 @@ def main() -> None:
         scores = {task: score_choices(model, tokenizer, i, suffix=ANSWER).acc for task, i in items.items()}
         average = sum(scores.values()) / len(scores)
         rows.append({"method": title, "bits": bits, "items": a.items, **scores, "average": average})
-        print(f"{bits:8s} {title:14s} " + "  ".join(f"{t} {s:.3f}" for t, s in scores.items()) + f"  average {average:.3f}", flush=True)
+        print(
+            f"{bits:8s} {title:14s} " + "  ".join(f"{t} {s:.3f}" for t, s in scores.items()) + f"  average {average:.3f}",
+            flush=True,
+        )
         record("zeroshot", rows)
 
     measure("float", "16/16/16", AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))

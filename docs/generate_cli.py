@@ -22,7 +22,9 @@ def page() -> str:
     parts = [HEAD]
     for name in ["", *get_command(app).commands]:  # type: ignore[attr-defined]
         arguments = [name] if name else []
-        shown = CliRunner().invoke(app, [*arguments, "--help"], prog_name="llm-fp4", env={**os.environ, "COLUMNS": "100"}, terminal_width=100)
+        shown = CliRunner().invoke(
+            app, [*arguments, "--help"], prog_name="llm-fp4", env={**os.environ, "COLUMNS": "100"}, terminal_width=100
+        )
         lines = "\n".join(line.rstrip() for line in shown.stdout.strip().splitlines())
         parts.append(f"## llm-fp4{' ' if name else ''}{name}\n\n```text\n{lines}\n```\n")
     return "\n".join(parts)

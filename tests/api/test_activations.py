@@ -53,14 +53,19 @@ def test_sites_see_what_hooks_on_the_whole_model_see(tmp_path: Path, tiny_llama:
     sites = {s.name: s for s in activation_statistics(source, recipe)}
     assert next(iter(sites)) == "model.layers.0.self_attn.q_proj"
     assert len(sites) == 2 * 4 + 1
-    assert sites["model.layers.1.self_attn.q_proj"].operands == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"]
+    assert sites["model.layers.1.self_attn.q_proj"].operands == [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.k_proj",
+    ]
 
     from llm_fp4.calibration import load_tokens
 
     tokens = load_tokens(text, tiny_tokenizer, sequences=3, length=40, seed=0, model=model)
     seen: dict[str, Tensor] = {}
     for name in sites:
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].flatten(0, -2)))
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen.__setitem__(name, args[0].flatten(0, -2))
+        )
     with torch.no_grad():
         model(input_ids=tokens)
     for name, site in sites.items():

@@ -41,7 +41,9 @@ def test_evaluate_takes_paths_modules_and_tokens(source: Path, text: Path, tiny_
         assert set(found) == {"model"}
         assert found["model"].tokens == 4 * 31
         assert found["model"].perplexity == pytest.approx(expected.perplexity, rel=1e-5)
-    other = llm_fp4.evaluate(tiny_llama(seed=1), text=text, reference=source, length=32, windows=2)  # read by the reference's tokenizer
+    other = llm_fp4.evaluate(
+        tiny_llama(seed=1), text=text, reference=source, length=32, windows=2
+    )  # read by the reference's tokenizer
     assert set(other) == {"float", "model"}
     assert other["model"].kl is not None
     assert other["model"].kl > 0.1
@@ -64,7 +66,9 @@ def test_a_tied_head_is_loaded_once(source: Path) -> None:
 
 def test_the_float_model_keeps_its_generation_settings(source: Path, text: Path, tmp_path: Path) -> None:
     settings = source / "generation_config.json"
-    settings.write_text(json.dumps({"temperature": 0.6, "do_sample": False, "eos_token_id": [1, 7]}))  # what newer versions warn about
+    settings.write_text(
+        json.dumps({"temperature": 0.6, "do_sample": False, "eos_token_id": [1, 7]})
+    )  # what newer versions warn about
     assert load_any(source).model.generation_config.eos_token_id == [1, 7]
     recipe = Recipe.model_validate({"calibration": {"source": str(text), "sequences": 1, "length": 32}, "search": {"rounds": 1}})
     out = llm_fp4.quantize(source, tmp_path / "out", recipe)

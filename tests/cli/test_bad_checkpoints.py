@@ -42,7 +42,9 @@ def edit_module(folder: Path, name: str = UP, **values: Any) -> None:
     edit(folder, lambda c: c["quantization_config"]["modules"][name].update(values))
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], shard: str = "model-00002-of-00004.safetensors") -> None:
+def edit_tensors(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], object], shard: str = "model-00002-of-00004.safetensors"
+) -> None:
     tensors = load_file(folder / shard)
     change(tensors)
     save_file(tensors, folder / shard, {"format": "pt"})
@@ -137,7 +139,9 @@ def test_missing_shard(rejected: Any, checkpoint: Path) -> None:
     assert "model-00003-of-00004.safetensors is missing" in rejected(checkpoint)
 
 
-@pytest.mark.parametrize("values", [{"num_hidden_layers": 10**9}, {"hidden_size": 10**12}, {"vocab_size": 10**12}, {"head_dim": 10**12}])
+@pytest.mark.parametrize(
+    "values", [{"num_hidden_layers": 10**9}, {"hidden_size": 10**12}, {"vocab_size": 10**12}, {"head_dim": 10**12}]
+)
 def test_hostile_sizes(rejected: Any, checkpoint: Path, values: dict[str, int]) -> None:
     edit(checkpoint, lambda c: c.update(values))
     assert next(iter(values)) in rejected(checkpoint, inspect=False)

@@ -87,7 +87,8 @@ def test_no_such_device(refused: Any, source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["quantize"], ["quantize", "a", "b", "--sequences", "0"], ["eval", "a"], ["eval", "a", "--reference", "b"], ["nonsense"]]
+    "arguments",
+    [["quantize"], ["quantize", "a", "b", "--sequences", "0"], ["eval", "a"], ["eval", "a", "--reference", "b"], ["nonsense"]],
 )
 def test_usage_errors(llm_fp4: Any, arguments: list[str]) -> None:
     result = llm_fp4(*arguments)

@@ -45,7 +45,20 @@ def test_options_override_the_recipe(llm_fp4: Any, source: Path, tmp_path: Path,
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("name: mine\nmethod: minmax\nbits: {weight: 6}\nseed: 4\nignore: [down_proj]\n")
     out = tmp_path / "out"
-    arguments = ["--bits", "16/8/8", "--lm-head-bits", "4", "--ignore", "k_proj", "--ignore", "v_proj", "--calibration", text, "--propagation", "parallel"]
+    arguments = [
+        "--bits",
+        "16/8/8",
+        "--lm-head-bits",
+        "4",
+        "--ignore",
+        "k_proj",
+        "--ignore",
+        "v_proj",
+        "--calibration",
+        text,
+        "--propagation",
+        "parallel",
+    ]
     result = llm_fp4("quantize", source, out, "--recipe", recipe, *arguments, *QUICK)
     assert result.exit_code == 0, result.output
     kept = yaml.safe_load((out / "recipe.yaml").read_text())
@@ -95,7 +108,9 @@ def test_eval_of_a_float_model_has_no_comparison(llm_fp4: Any, source: Path, tin
 
 def test_eval_answers_questions(llm_fp4: Any, checkpoint: Path, tmp_path: Path) -> None:
     questions = tmp_path / "quiz.jsonl"
-    questions.write_text("\n".join(json.dumps({"query": f"Is {i} even?", "choices": ["yes", "no"], "gold": i % 2}) for i in range(6)))
+    questions.write_text(
+        "\n".join(json.dumps({"query": f"Is {i} even?", "choices": ["yes", "no"], "gold": i % 2}) for i in range(6))
+    )
     told = of_json(llm_fp4("eval", checkpoint, "--zeroshot", questions, "--limit", "4", "--json", "--quiet"))
     assert told["zeroshot"]["quiz"]["n"] == 4
     assert told["zeroshot"]["quiz"]["acc"] in (0, 0.25, 0.5, 0.75, 1)
@@ -153,18 +168,28 @@ def test_inspect_of_a_float_model_says_what_stays_float_and_why(llm_fp4: Any, so
     assert layers["model.layers.0.mlp.up_proj"]["input"] == ["e1m6", "e2m5", "e3m4", "e4m3", "e5m2"]
     assert "'lm_head'" in layers["lm_head"]["reason"]
     assert "16 bits" in layers["model.embed_tokens"]["reason"]
-    assert "14 layers to quantize, 2 stay float" in llm_fp4("inspect", source, "--bits", "16/4/8", "--ignore", "lm_head", "--quiet").stdout
+    assert (
+        "14 layers to quantize, 2 stay float"
+        in llm_fp4("inspect", source, "--bits", "16/4/8", "--ignore", "lm_head", "--quiet").stdout
+    )
 
 
 def test_inspect_measures_and_draws_activations(llm_fp4: Any, source: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     figures = tmp_path / "figures"
-    told = of_json(llm_fp4("inspect", source, "--activations", "--figures", figures, "--sequences", "2", "--length", "32", "--json", "--quiet"))
+    told = of_json(
+        llm_fp4("inspect", source, "--activations", "--figures", figures, "--sequences", "2", "--length", "32", "--json", "--quiet")
+    )
     sites = told["activations"]
     assert [len(s["operands"]) for s in sites] == [3, 1, 2, 1] * 2 + [1]
     assert all(s["tokens"] == 64 for s in sites)
     assert [len(s["channel_absmax"]) for s in sites] == [32, 32, 32, 64] * 2 + [32]
-    assert sorted(p.name for p in figures.iterdir()) == ["lm_head.png", "model-layers-000.png", "model-layers-001.png", "variance.png"]
+    assert sorted(p.name for p in figures.iterdir()) == [
+        "lm_head.png",
+        "model-layers-000.png",
+        "model-layers-001.png",
+        "variance.png",
+    ]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in figures.iterdir())
     assert "var. between" in llm_fp4("inspect", source, "--activations", "--sequences", "2", "--length", "32", "--quiet").stdout
 

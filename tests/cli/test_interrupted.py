@@ -109,13 +109,21 @@ def test_disk_full(llm_fp4: Any, refused: Any, source: Path, tmp_path: Path, mon
 
 def run(*arguments: Any, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line as its own process."""
-    return subprocess.run([sys.executable, "-m", "llm_fp4", *map(str, arguments)], capture_output=True, text=True, timeout=120, **more)
+    return subprocess.run(
+        [sys.executable, "-m", "llm_fp4", *map(str, arguments)], capture_output=True, text=True, timeout=120, **more
+    )
 
 
 def test_file_size_limit(llm_fp4: Any, source: Path, tmp_path: Path, text: Path) -> None:
     out, quick = tmp_path / "out", ["--sequences", "1", "--length", "16", "--rounds", "1", "--calibration", text, "--quiet"]
     # the first unit's shard has some 5,400 bytes, that of a block 9,200
-    limit = run("quantize", source, out, *quick, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (7000, resource.RLIM_INFINITY)))
+    limit = run(
+        "quantize",
+        source,
+        out,
+        *quick,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (7000, resource.RLIM_INFINITY)),
+    )
     assert limit.returncode == 1
     assert len(limit.stderr.splitlines()) == 1
     assert "model-00002-of-00004.safetensors was not written" in limit.stderr
@@ -140,7 +148,10 @@ def test_a_real_ctrl_c(llm_fp4: Any, save: Callable[..., Path], tmp_path: Path, 
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, "")
-    assert stderr.strip().splitlines()[-1] == "llm-fp4: interrupted; finished blocks are kept, and the same command continues after them"
+    assert (
+        stderr.strip().splitlines()[-1]
+        == "llm-fp4: interrupted; finished blocks are kept, and the same command continues after them"
+    )
     assert "Traceback" not in stderr
     assert not out.exists()
     kept = len(list((tmp_path / "out.partial" / "checkpoint").glob("*.safetensors")))

@@ -42,5 +42,7 @@ def test_the_program_starts_without_transformers() -> None:
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:
-    done = subprocess.run(f"{sys.executable} -m llm_fp4 recipes fpq | true", shell=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        f"{sys.executable} -m llm_fp4 recipes fpq | true", shell=True, capture_output=True, text=True, timeout=120
+    )
     assert "Traceback" not in done.stderr

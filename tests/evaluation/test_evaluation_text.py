@@ -20,7 +20,7 @@ from llm_fp4.evaluation import detokenize_wikitext, is_wikitext, read_tokens
         ("a well @-@ known 1 @,@ 000 @.@ 5 kg", "a well-known 1,000.5 kg"),
         ("60 cm ( 24 in ) , and 5 % of [ it ] .", "60 cm (24 in), and 5% of [it]."),
         ('called " lobster red " on cooking ; " the " too .', 'called "lobster red" on cooking; "the" too.'),
-        ("he said : \" it 's done . \" Then", "he said: \"it's done.\" Then"),
+        ('he said : " it \'s done . " Then', 'he said: "it\'s done." Then'),
         ("don 't , can 't , we 'll , is n't", "don't, can't, we'll, isn't"),
         ("the lobsters ' claws", "the lobsters' claws"),
         ("a species of <unk> lobster , with <unk> .", "a species of lobster, with."),
@@ -30,7 +30,7 @@ from llm_fp4.evaluation import detokenize_wikitext, is_wikitext, read_tokens
         ("<unk> begins the <unk> @-@ like well @-@ <unk> , a @-@ <unk> @-@ b", "begins the like well, a b"),
         ("worth $ 5 million ?", "worth $5 million?"),
         ("", ""),
-        ("Plain (really), its \"marks\" don't - change.", "Plain (really), its \"marks\" don't - change."),
+        ('Plain (really), its "marks" don\'t - change.', 'Plain (really), its "marks" don\'t - change.'),
         ("x = y + z", "x = y + z"),
     ],
 )

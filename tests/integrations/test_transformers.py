@@ -23,7 +23,9 @@ def checkpoint(tmp_path: Path, tiny_llama: Callable[..., Any]) -> Path:
     return llm_fp4.quantize(tmp_path / "float", tmp_path / "out", Recipe.model_validate({"search": {"rounds": 1}}), tokens=tokens)
 
 
-@pytest.mark.parametrize("first", ["import llm_fp4, transformers", "import transformers, llm_fp4", "import transformers.quantizers, llm_fp4"])
+@pytest.mark.parametrize(
+    "first", ["import llm_fp4, transformers", "import transformers, llm_fp4", "import transformers.quantizers, llm_fp4"]
+)
 def test_from_pretrained_in_either_order(checkpoint: Path, first: str) -> None:
     program = f"""{first}
 model = transformers.AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})

@@ -16,7 +16,9 @@ from llm_fp4.progress import Progress
 from llm_fp4.recipe import Recipe
 
 
-def calibration_tokens(opened: FloatModel, recipe: Recipe, store: RunStore, progress: Progress, given: Tensor | None = None) -> Tensor:
+def calibration_tokens(
+    opened: FloatModel, recipe: Recipe, store: RunStore, progress: Progress, given: Tensor | None = None
+) -> Tensor:
     """Return the calibration tokens, written by the model or read once and kept with the run."""
     c = recipe.calibration
     if (kept := store.tokens()) is not None:
@@ -25,11 +27,15 @@ def calibration_tokens(opened: FloatModel, recipe: Recipe, store: RunStore, prog
         store.keep_tokens(given)
         return given
     if opened.tokenizer is None:
-        raise CalibrationError(f"{opened.origin} has no tokenizer, so text cannot calibrate it; use quantize_module with batches of your own")
+        raise CalibrationError(
+            f"{opened.origin} has no tokenizer, so text cannot calibrate it; use quantize_module with batches of your own"
+        )
     model = None
     if c.source == "self":
         model = opened.model if isinstance(opened.source, InMemory) else _whole_model(opened)
-    tokens = load_tokens(c.source, opened.tokenizer, sequences=c.sequences, length=c.length, seed=recipe.seed, model=model, progress=progress)
+    tokens = load_tokens(
+        c.source, opened.tokenizer, sequences=c.sequences, length=c.length, seed=recipe.seed, model=model, progress=progress
+    )
     store.keep_tokens(tokens)
     del model
     gc.collect()

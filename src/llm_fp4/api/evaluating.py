@@ -83,6 +83,10 @@ def _check_fit(loaded: Loaded, tokens: Tensor, length: int) -> None:
     config = getattr(loaded.model, "config", None)
     longest, vocabulary = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
     if isinstance(longest, int) and 0 < longest < length:
-        raise CalibrationError(f"{loaded.origin} takes at most {longest:,} tokens, not windows of {length:,}; set a length of {longest} or less")
+        raise CalibrationError(
+            f"{loaded.origin} takes at most {longest:,} tokens, not windows of {length:,}; set a length of {longest} or less"
+        )
     if isinstance(vocabulary, int) and int(tokens.max()) >= vocabulary:
-        raise CalibrationError(f"the text has token {int(tokens.max())}, but {loaded.origin} knows only {vocabulary:,}; use its own tokenizer")
+        raise CalibrationError(
+            f"the text has token {int(tokens.max())}, but {loaded.origin} knows only {vocabulary:,}; use its own tokenizer"
+        )

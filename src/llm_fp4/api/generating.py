@@ -29,9 +29,13 @@ def generate_text(
     """
     loaded = path_or_model if isinstance(path_or_model, Loaded) else load_any(path_or_model, device=device, progress=progress)
     if not hasattr(loaded.model, "generate"):
-        raise UnsupportedError(f"{loaded.origin} is a {type(loaded.model).__name__}, which does not generate text; use a causal language model")
+        raise UnsupportedError(
+            f"{loaded.origin} is a {type(loaded.model).__name__}, which does not generate text; use a causal language model"
+        )
     inputs = _prompt_tokens(loaded, prompt, chat)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+    )
     own = loaded.model.generation_config
     config = type(own)(  # the model's own sampling defaults would contradict what is asked for here
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id or 0,
@@ -42,9 +46,7 @@ def generate_text(
     streamer = None if on_text is None else _streamer(loaded.tokenizer, on_text)
     with torch.random.fork_rng(devices=[device_] if device_.type == "cuda" else []):
         torch.manual_seed(seed)
-        tokens = loaded.model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
-        )
+        tokens = loaded.model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer)
     text: str = loaded.tokenizer.decode(tokens[0, inputs.shape[1] :], skip_special_tokens=True)
     return text
 

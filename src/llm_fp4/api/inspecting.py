@@ -141,7 +141,15 @@ def _float(opened: FloatModel, recipe: Recipe) -> Inspection:
             reason = f"shares the codes of {shared[name]}"
         layers.append(LayerReport(name, kind, (rows, columns), weight, read, reason=reason))
     return Inspection(
-        opened.origin, False, type(opened.model).__name__, recipe.name, recipe.method, str(recipe.bits), opened.bytes_float, None, layers
+        opened.origin,
+        False,
+        type(opened.model).__name__,
+        recipe.name,
+        recipe.method,
+        str(recipe.bits),
+        opened.bytes_float,
+        None,
+        layers,
     )
 
 

@@ -56,7 +56,9 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
     target = checked_device(device)
     architecture = (read_config(folder).get("architectures") or [""])[0]
     if not hasattr(transformers, architecture):
-        raise CheckpointError(f"{folder} is a {architecture or 'nameless architecture'}, which transformers {transformers.__version__} lacks; update it")
+        raise CheckpointError(
+            f"{folder} is a {architecture or 'nameless architecture'}, which transformers {transformers.__version__} lacks; update it"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -67,7 +69,9 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{folder} cannot be loaded: {first}") from None
     if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors; the checkpoint is incomplete, quantize again")
+        raise CheckpointError(
+            f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors; the checkpoint is incomplete, quantize again"
+        )
     _check_values(model)
     return model.to(target).eval()
 
@@ -125,4 +129,6 @@ def _check_values(model: nn.Module) -> None:
         if isinstance(module, QuantLinear) and module.spec is not None and module.input_shift is not None:
             largest = int(module.input_shift.max())
             if largest > module.spec.max_shift:
-                raise CheckpointError(f"{name}.input_shift reaches {largest}, the manifest allows {module.spec.max_shift}; the checkpoint is damaged")
+                raise CheckpointError(
+                    f"{name}.input_shift reaches {largest}, the manifest allows {module.spec.max_shift}; the checkpoint is damaged"
+                )

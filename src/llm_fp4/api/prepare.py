@@ -26,9 +26,13 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
     structure = find_structure(model)
     stacks = find_stacks(model)
     if not structure.blocks:
-        raise UnsupportedError(f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing can be quantized block by block")
+        raise UnsupportedError(
+            f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing can be quantized block by block"
+        )
     if len(stacks) > 1:
-        raise UnsupportedError(f"{type(model).__name__} has several stacks of blocks ({', '.join(stacks)}), which is not implemented in this version")
+        raise UnsupportedError(
+            f"{type(model).__name__} has several stacks of blocks ({', '.join(stacks)}), which is not implemented in this version"
+        )
     recipe.check_patterns(structure.names())
     chosen = [n for n in structure.names() if recipe.selects(n)]
     if not chosen:
@@ -41,7 +45,9 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
         rule = recipe.rule(name, head=name in structure.outer_linears)  # impossible formats are refused here
         anything |= bool(rule.weight_formats)
         if rule.input_formats and not rule.weight_formats and name not in structure.outer_linears:
-            raise RecipeError(f"{name} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it")
+            raise RecipeError(
+                f"{name} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it"
+            )
     if not anything:
         raise RecipeError(f"bits {recipe.bits} leave every selected layer in float; give embedding or weight 3 to 8 bits")
     return structure

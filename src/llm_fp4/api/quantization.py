@@ -126,7 +126,11 @@ def quantize_module(
 def _fingerprint(opened: FloatModel) -> str:
     """Return a digest of what the weights come from: names, sizes and times of the files."""
     digest = hashlib.sha256()
-    files = [opened.folder / opened.gguf] if opened.gguf else [*sorted(opened.folder.glob("*.safetensors")), opened.folder / "config.json"]
+    files = (
+        [opened.folder / opened.gguf]
+        if opened.gguf
+        else [*sorted(opened.folder.glob("*.safetensors")), opened.folder / "config.json"]
+    )
     for file in files:
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())

@@ -64,7 +64,9 @@ class ModuleEntry:
             spec = InputSpec.from_json(data["input"]) if data.get("input") else None
             return cls(data["kind"], parse(data["weight"]), (rows, columns), spec, data.get("tied_to"))
         except (KeyError, TypeError, ValueError, AttributeError, LlmFp4Error) as error:
-            raise CheckpointError(f"the manifest entry of {name} cannot be read ({error}); the checkpoint is damaged or needs a newer llm-fp4") from None
+            raise CheckpointError(
+                f"the manifest entry of {name} cannot be read ({error}); the checkpoint is damaged or needs a newer llm-fp4"
+            ) from None
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors this module stores, bias apart, by suffix."""
@@ -104,9 +106,13 @@ def read_manifest(config: dict[str, Any], where: str) -> Manifest:
             continue
         owner = manifest.get(entry.tied_to)
         if owner is None:
-            raise CheckpointError(f"{where}: {name} shares the weight of {entry.tied_to}, which is not listed; the checkpoint is damaged")
+            raise CheckpointError(
+                f"{where}: {name} shares the weight of {entry.tied_to}, which is not listed; the checkpoint is damaged"
+            )
         if owner.tied_to is not None or (owner.shape, owner.format) != (entry.shape, entry.format):
-            raise CheckpointError(f"{where}: {name} shares the weight of {entry.tied_to}, which is of another shape or format; the checkpoint is damaged")
+            raise CheckpointError(
+                f"{where}: {name} shares the weight of {entry.tied_to}, which is of another shape or format; the checkpoint is damaged"
+            )
     return manifest
 
 
@@ -140,7 +146,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); quantize again") from None
     if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
-        raise CheckpointError(f"{folder} is not quantized: config.json has no quantization_config; run llm-fp4 quantize on it first")
+        raise CheckpointError(
+            f"{folder} is not quantized: config.json has no quantization_config; run llm-fp4 quantize on it first"
+        )
     return config
 
 
@@ -160,7 +168,11 @@ def verify(folder: Path) -> Manifest:
             if full not in files.where:
                 raise CheckpointError(f"{folder} lacks the tensor {full}; the checkpoint is incomplete, quantize again")
             if files.shapes[full] != shape:
-                raise CheckpointError(f"{full} is {files.shapes[full]} in {files.where[full].name}, the manifest makes it {shape}; the checkpoint is damaged")
+                raise CheckpointError(
+                    f"{full} is {files.shapes[full]} in {files.where[full].name}, the manifest makes it {shape}; the checkpoint is damaged"
+                )
             if files.dtype(full) != (dtype := _DTYPES[suffix]):
-                raise CheckpointError(f"{full} is {files.dtype(full)} in {files.where[full].name}, not {dtype}; the checkpoint is damaged")
+                raise CheckpointError(
+                    f"{full} is {files.dtype(full)} in {files.where[full].name}, not {dtype}; the checkpoint is damaged"
+                )
     return manifest

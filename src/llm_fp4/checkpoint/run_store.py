@@ -38,12 +38,16 @@ class RunStore:
         found, finished = _json(identity), _json(progress).get("done", 0)
         if folder.is_dir() and not found:
             if strangers := sorted({p.name for p in folder.iterdir()} - _OWN):
-                raise OutputError(f"{folder} holds {strangers[0]}, which no run of llm-fp4 wrote; remove it or choose another output")
+                raise OutputError(
+                    f"{folder} holds {strangers[0]}, which no run of llm-fp4 wrote; remove it or choose another output"
+                )
             shutil.rmtree(folder)  # what is left of a run killed while it began or was cleared away
             finished = 0
         elif different := sorted(k for k in {*found, *fingerprint} if found.get(k) != fingerprint.get(k)):
             if finished:
-                raise OutputError(f"{folder} holds an unfinished run with another {', '.join(different)}; remove it or choose another output")
+                raise OutputError(
+                    f"{folder} holds an unfinished run with another {', '.join(different)}; remove it or choose another output"
+                )
             shutil.rmtree(folder, ignore_errors=True)  # nothing is lost: that run had finished nothing
         try:
             self.state.mkdir(parents=True, exist_ok=True)
@@ -124,5 +128,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
-        raise OutputError(f"{path} is damaged, so the unfinished run cannot be continued; remove {path.parent} and start again") from None
+        raise OutputError(
+            f"{path} is damaged, so the unfinished run cannot be continued; remove {path.parent} and start again"
+        ) from None
     return data

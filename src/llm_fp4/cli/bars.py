@@ -51,7 +51,13 @@ class Bars:
     def __init__(self) -> None:
         self._stages: dict[str, Stage] = {}
         self._tasks: dict[str, TaskID] = {}
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn(), _Remaining(self._stages))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            _Remaining(self._stages),
+        )
         self._bars = Progress(*columns, console=Console(stderr=True))
 
     def __enter__(self) -> Bars:

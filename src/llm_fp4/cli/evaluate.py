@@ -15,23 +15,43 @@ from llm_fp4.errors import CalibrationError
 
 
 def evaluate(
-    path: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint of llm-fp4, or a float model: directory, hub name or .gguf file.")],
+    path: Annotated[
+        str, typer.Argument(metavar="DIR", help="A checkpoint of llm-fp4, or a float model: directory, hub name or .gguf file.")
+    ],
     text: Annotated[
         str | None,
-        typer.Option("--text", "-t", metavar="FILE", show_default=False, help="Text for perplexity: .txt, .jsonl, .json.gz, .parquet or a hub data set."),
+        typer.Option(
+            "--text",
+            "-t",
+            metavar="FILE",
+            show_default=False,
+            help="Text for perplexity: .txt, .jsonl, .json.gz, .parquet or a hub data set.",
+        ),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option("--reference", metavar="SRC", show_default=False, help="The float model, for KL divergence and agreement.")
+        str | None,
+        typer.Option("--reference", metavar="SRC", show_default=False, help="The float model, for KL divergence and agreement."),
     ] = None,
     length: Annotated[int, typer.Option("--length", min=2, metavar="N", help="Tokens in a window.")] = 512,
-    windows: Annotated[int | None, typer.Option("--windows", min=1, metavar="N", show_default=False, help="At most this many windows.  [default: all]")] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option("--windows", min=1, metavar="N", show_default=False, help="At most this many windows.  [default: all]"),
+    ] = None,
     zeroshot: Annotated[
         list[str] | None,
-        typer.Option("--zeroshot", metavar="FILE.jsonl", show_default=False, help="Questions, each an object with query, choices and gold; may be repeated."),
+        typer.Option(
+            "--zeroshot",
+            metavar="FILE.jsonl",
+            show_default=False,
+            help="Questions, each an object with query, choices and gold; may be repeated.",
+        ),
     ] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", metavar="NAME,NAME", show_default=False, help="Tasks of lm-eval (extra: evaluation).")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="NAME,NAME", show_default=False, help="Tasks of lm-eval (extra: evaluation).")
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, metavar="N", show_default=False, help="Questions of each file or task.  [default: all]")
+        int | None,
+        typer.Option("--limit", min=1, metavar="N", show_default=False, help="Questions of each file or task.  [default: all]"),
     ] = None,
     device: options.Device = "cpu",
     as_json: options.Json = False,
@@ -56,7 +76,9 @@ def evaluate(
     with working(quiet) as progress:
         loaded = api.load_any(path, device=device, progress=progress)
         if text is not None:
-            metrics = api.evaluate(loaded, text=text, reference=reference, length=length, windows=windows, device=device, progress=progress)
+            metrics = api.evaluate(
+                loaded, text=text, reference=reference, length=length, windows=windows, device=device, progress=progress
+            )
             result["text"] = {"file": text, "length": length, **{name: asdict(each) for name, each in metrics.items()}}
         if zeroshot:
             answers = api.answer_questions(loaded, zeroshot, limit=limit, progress=progress)

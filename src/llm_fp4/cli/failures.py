@@ -54,7 +54,10 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return text or "interrupted", INTERRUPTED
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return "not enough memory; close other programs, use fewer or shorter sequences (--sequences, --length), or a larger machine", 1
+        return (
+            "not enough memory; close other programs, use fewer or shorter sequences (--sequences, --length), or a larger machine",
+            1,
+        )
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; check the path and its permissions", 1
     if isinstance(error, OSError) and error.errno is not None:

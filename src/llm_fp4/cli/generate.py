@@ -17,7 +17,9 @@ def generate(
     path: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint of llm-fp4, or a float model.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Stop after this many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, metavar="T", help="0 takes the likeliest token; above, sample.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, metavar="T", help="0 takes the likeliest token; above, sample.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: options.Device = "cpu",
@@ -44,7 +46,13 @@ def generate(
     began = time.monotonic()
     with working(quiet=True):
         text = api.generate_text(
-            loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat, on_text=None if as_json else show
+            loaded,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            chat=chat,
+            on_text=None if as_json else show,
         )
     if as_json:
         print_json({"path": path, "prompt": prompt, "text": text, "seconds": time.monotonic() - began})

@@ -18,17 +18,23 @@ FEW = 8  # calibration sequences, where only statistics are wanted
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="SRC|DIR", help="A checkpoint of llm-fp4, or a float model: directory, hub name or .gguf file.")],
-    activations: Annotated[bool, typer.Option("--activations", help="Statistics of the float model's activations, input by input.")] = False,
+    path: Annotated[
+        str, typer.Argument(metavar="SRC|DIR", help="A checkpoint of llm-fp4, or a float model: directory, hub name or .gguf file.")
+    ],
+    activations: Annotated[
+        bool, typer.Option("--activations", help="Statistics of the float model's activations, input by input.")
+    ] = False,
     figures: Annotated[
-        str | None, typer.Option("--figures", metavar="FOLDER", show_default=False, help="Draw them as PNG files there (extra: figures).")
+        str | None,
+        typer.Option("--figures", metavar="FOLDER", show_default=False, help="Draw them as PNG files there (extra: figures)."),
     ] = None,
     recipe: options.RecipeName = "fpq",
     bits: options.BitsOption = None,
     lm_head_bits: options.LmHeadBits = None,
     calibration: options.CalibrationSource = None,
     sequences: Annotated[
-        int | None, typer.Option("--sequences", min=1, metavar="N", show_default=False, help=f"Calibration sequences.  [default: {FEW}]")
+        int | None,
+        typer.Option("--sequences", min=1, metavar="N", show_default=False, help=f"Calibration sequences.  [default: {FEW}]"),
     ] = None,
     length: options.Length = None,
     ignore: options.Ignore = None,
@@ -97,7 +103,9 @@ def _quantized(layers: list[LayerReport]) -> None:
         )
         for layer in layers
     ]  # fmt: skip
-    print_table(("layer", "shape", "weight", "row scales", "input", "per", "scale", "channels with shift 0 1 ...", "error", "why"), rows)
+    print_table(
+        ("layer", "shape", "weight", "row scales", "input", "per", "scale", "channels with shift 0 1 ...", "error", "why"), rows
+    )
 
 
 def _wish(layers: list[LayerReport]) -> None:
@@ -121,7 +129,16 @@ def _activations(sites: list[SiteActivations]) -> None:
         )
         for s in sites
     ]  # fmt: skip
-    columns = ("input of", "readers", "channels", "largest", "median channel max", "var. between", "var. within", "largest/median token")
+    columns = (
+        "input of",
+        "readers",
+        "channels",
+        "largest",
+        "median channel max",
+        "var. between",
+        "var. within",
+        "largest/median token",
+    )
     print_table(columns, rows)
     print("Variances of log2 magnitude, in octaves squared: between the channels' means, and within a channel (2.57 if normal).")
 

@@ -11,7 +11,9 @@ from llm_fp4.recipe import Bits, Recipe, load_recipe, validated
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu or cuda.", metavar="cpu|cuda")]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A named recipe (see llm-fp4 recipes) or a YAML file.", metavar="NAME|FILE")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="A named recipe (see llm-fp4 recipes) or a YAML file.", metavar="NAME|FILE")
+]
 BitsOption = Annotated[
     str | None,
     typer.Option(
@@ -20,7 +22,8 @@ BitsOption = Annotated[
     ),
 ]  # fmt: skip
 LmHeadBits = Annotated[
-    int | None, typer.Option("--lm-head-bits", metavar="N", show_default=False, help="Bits of the output head's weight.  [default: as weight]")
+    int | None,
+    typer.Option("--lm-head-bits", metavar="N", show_default=False, help="Bits of the output head's weight.  [default: as weight]"),
 ]
 CalibrationSource = Annotated[
     str | None,
@@ -29,17 +32,34 @@ CalibrationSource = Annotated[
         help="'self' (the model writes its own text), a .txt, .jsonl, .json.gz or .parquet file, or a hub data set.  [default: self]",
     ),
 ]  # fmt: skip
-Sequences = Annotated[int | None, typer.Option("--sequences", help="Calibration sequences.  [default: 32]", metavar="N", min=1, show_default=False)]
-Length = Annotated[int | None, typer.Option("--length", help="Tokens in a calibration sequence.  [default: 512]", metavar="N", min=2, show_default=False)]
+Sequences = Annotated[
+    int | None, typer.Option("--sequences", help="Calibration sequences.  [default: 32]", metavar="N", min=1, show_default=False)
+]
+Length = Annotated[
+    int | None,
+    typer.Option("--length", help="Tokens in a calibration sequence.  [default: 512]", metavar="N", min=2, show_default=False),
+]
 Ignore = Annotated[
     list[str] | None,
-    typer.Option("--ignore", help="Leave layers of this name, glob or re:REGEX in float; may be repeated.", metavar="PATTERN", show_default=False),
+    typer.Option(
+        "--ignore",
+        help="Leave layers of this name, glob or re:REGEX in float; may be repeated.",
+        metavar="PATTERN",
+        show_default=False,
+    ),
 ]
 Targets = Annotated[
     list[str] | None,
-    typer.Option("--targets", help="Quantize only layers of this name, glob or re:REGEX; may be repeated.", metavar="PATTERN", show_default=False),
+    typer.Option(
+        "--targets",
+        help="Quantize only layers of this name, glob or re:REGEX; may be repeated.",
+        metavar="PATTERN",
+        show_default=False,
+    ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of everything drawn at random.  [default: 0]", metavar="N", show_default=False)]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Of everything drawn at random.  [default: 0]", metavar="N", show_default=False)
+]
 
 
 def recipe_of(

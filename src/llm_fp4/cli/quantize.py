@@ -33,10 +33,14 @@ def quantize(
     length: options.Length = None,
     ignore: options.Ignore = None,
     targets: options.Targets = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", min=1, metavar="N", show_default=False, help="Rounds of the search.  [default: 3]")] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, metavar="N", show_default=False, help="Rounds of the search.  [default: 3]")
+    ] = None,
     propagation: Annotated[
         Propagation | None,
-        typer.Option("--propagation", show_default=False, help="Calibrate each block on quantized or on float inputs.  [default: sequential]"),
+        typer.Option(
+            "--propagation", show_default=False, help="Calibrate each block on quantized or on float inputs.  [default: sequential]"
+        ),
     ] = None,
     seed: options.Seed = None,
     device: options.Device = "cpu",

@@ -39,7 +39,9 @@ def check_gguf(path: Path) -> None:
     for key, value in values.items():
         limit = len(shapes) if key.endswith(".block_count") else 4 * widest if key.endswith(_SIZES) else None
         if limit is not None and isinstance(value, int) and not 0 <= value <= limit:
-            raise SourceError(f"{damaged}: it states {key} {value:,}, which its {len(shapes):,} tensors cannot have; download it again")
+            raise SourceError(
+                f"{damaged}: it states {key} {value:,}, which its {len(shapes):,} tensors cannot have; download it again"
+            )
 
 
 class _Reader:

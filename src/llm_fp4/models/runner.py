@@ -84,7 +84,9 @@ class BlockRunner:
             self.model(**batch)
         call: tuple[tuple[Any, ...], dict[str, Any]] | None = self.call
         if call is None:
-            raise SourceError(f"the forward pass of {type(self.model).__name__} never reached {self.blocks[index]}; its blocks do not run in order")
+            raise SourceError(
+                f"the forward pass of {type(self.model).__name__} never reached {self.blocks[index]}; its blocks do not run in order"
+            )
         return call
 
     def first_hidden(self, batch: Batch) -> Tensor:

@@ -11,7 +11,16 @@ from typing import Any
 
 from llm_fp4.errors import LlmFp4Error, SourceError
 
-_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
+_COUNTS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+)
 _WIDTHS = (
     "hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads", "num_key_value_heads", "d_model", "d_ff",
     "n_embd", "n_inner", "n_head", "num_experts", "num_local_experts", "n_routed_experts", "type_vocab_size",
@@ -20,7 +29,9 @@ _WIDTHS = (
 SLACK = 4  # a config may state a width that this model does not use
 
 
-def check_sizes(config: Mapping[str, Any], shapes: Collection[tuple[int, ...]], where: Path, error: type[LlmFp4Error] = SourceError) -> None:
+def check_sizes(
+    config: Mapping[str, Any], shapes: Collection[tuple[int, ...]], where: Path, error: type[LlmFp4Error] = SourceError
+) -> None:
     """Raise ``error`` where ``config`` states more layers than there are tensors, or a width far beyond every tensor's.
 
     Args:

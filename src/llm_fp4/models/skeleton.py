@@ -62,8 +62,11 @@ def open_model(origin: str) -> FloatModel:
     files = TensorFiles(path)
     check_sizes(config.to_dict(), files.shapes.values(), path / "config.json")
     model = _empty_model(model_class, config, path)
-    renames = {k: v for k, v in (getattr(model, "_tied_weights_keys", None) or {}).items() if k not in files.where} if isinstance(
-        getattr(model, "_tied_weights_keys", None), dict) else {}
+    renames = (
+        {k: v for k, v in (getattr(model, "_tied_weights_keys", None) or {}).items() if k not in files.where}
+        if isinstance(getattr(model, "_tied_weights_keys", None), dict)
+        else {}
+    )
     missing = [n for n, _ in model.named_parameters(remove_duplicate=False) if renames.get(n, n) not in files.where]
     if missing:  # the checkpoint's names differ from the model's: transformers converts them while loading everything
         model, source = _load_whole(model_class, path)
@@ -88,7 +91,9 @@ def _empty_model(model_class: Any, config: Any, path: Path) -> Any:
             if getattr(model, "generation_config", None) is not None and (path / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(path)
     except Exception as error:  # whatever the model's code raises on sizes that do not fit together
-        raise SourceError(f"{path / 'config.json'} describes no {model_class.__name__} that can be built: {_in_short(error)}") from None
+        raise SourceError(
+            f"{path / 'config.json'} describes no {model_class.__name__} that can be built: {_in_short(error)}"
+        ) from None
     return model.eval()
 
 
@@ -120,7 +125,9 @@ def _model_class(config: Any, path: Path) -> Any:
     try:
         return transformers.AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
-        raise SourceError(f"{path / 'config.json'} names no architecture that transformers {transformers.__version__} has") from None
+        raise SourceError(
+            f"{path / 'config.json'} names no architecture that transformers {transformers.__version__} has"
+        ) from None
 
 
 def _load_whole(model_class: Any, path: Path) -> tuple[nn.Module, WeightSource]:
@@ -129,7 +136,9 @@ def _load_whole(model_class: Any, path: Path) -> tuple[nn.Module, WeightSource]:
     except (OSError, ValueError, RuntimeError) as error:
         raise SourceError(f"transformers cannot load {path}: {str(error).splitlines()[0]}") from None
     if info["missing_keys"]:
-        raise SourceError(f"{path} lacks {sorted(info['missing_keys'])[0]!r} and {len(info['missing_keys']) - 1} more tensors; the checkpoint is incomplete")
+        raise SourceError(
+            f"{path} lacks {sorted(info['missing_keys'])[0]!r} and {len(info['missing_keys']) - 1} more tensors; the checkpoint is incomplete"
+        )
     return model.eval(), InMemory(model)
 
 
@@ -160,7 +169,9 @@ def _open_gguf(path: Path) -> FloatModel:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
-    return FloatModel(model.eval(), InMemory(model), open_tokenizer(path.parent, gguf_file=path.name), path.parent, str(path), path.name)
+    return FloatModel(
+        model.eval(), InMemory(model), open_tokenizer(path.parent, gguf_file=path.name), path.parent, str(path), path.name
+    )
 
 
 def _download(name: str) -> Path:
@@ -172,4 +183,6 @@ def _download(name: str) -> Path:
     except HFValidationError:
         raise SourceError(f"{name} is neither an existing path nor a hub name") from None
     except Exception as error:
-        raise SourceError(f"{name} is no directory here, and the hub did not give it ({type(error).__name__}); check the name and the network") from None
+        raise SourceError(
+            f"{name} is no directory here, and the hub did not give it ({type(error).__name__}); check the name and the network"
+        ) from None

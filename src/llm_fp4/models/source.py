@@ -69,7 +69,9 @@ class LazyFiles:
 
     def _check(self, full: str, found: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if found != shape:
-            raise SourceError(f"{full} is {found} in {self.files.folder}, but config.json makes it {shape}; they do not belong together")
+            raise SourceError(
+                f"{full} is {found} in {self.files.folder}, but config.json makes it {shape}; they do not belong together"
+            )
         if not dtype.is_floating_point:
             raise SourceError(f"{full} in {self.files.folder} is {dtype}, not a float type; quantize from the float model")
 

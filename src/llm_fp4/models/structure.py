@@ -38,7 +38,9 @@ def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
         if not isinstance(module, nn.ModuleList) or inside or len(module) == 0:
             continue
         alike = len({type(m) for m in module}) == 1
-        if alike and all(any(isinstance(m, nn.Linear) for m in block.modules()) and not isinstance(block, nn.Linear) for block in module):
+        if alike and all(
+            any(isinstance(m, nn.Linear) for m in block.modules()) and not isinstance(block, nn.Linear) for block in module
+        ):
             stacks[name] = module
     return stacks
 

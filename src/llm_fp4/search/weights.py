@@ -34,8 +34,9 @@ def weight_loss(weight: Tensor, quantized: Tensor, qq: Tensor, crossed: Tensor |
     """Return the (out,) squared output error caused by ``weight - quantized``, see :class:`Gram`.
 
     Args:
-        qq: (in, in) Q'Q, float32 or an operand for ranking. crossed: (out, in) ``weight @ eq``, or None where the input is exact. The part that does not depend on
-            ``quantized`` (W ee W') is left out, so values may be negative.
+        qq: (in, in) Q'Q, float32 or an operand for ranking.
+        crossed: (out, in) ``weight @ eq``, or None where the input is exact. The part that does not depend on ``quantized``
+            (W ee W') is left out, so values may be negative.
     """
     d = weight - quantized
     inner = rank_product(d, qq)

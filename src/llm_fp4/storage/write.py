@@ -45,7 +45,9 @@ def output_error(error: Exception, path: Path) -> OutputError:
         limit = "the file system or a limit (ulimit -f) allows no file that large"
         return OutputError(f"{path} was not written: {limit}; raise it and run the same command again, finished blocks are kept")
     if code in (errno.ENOSPC, errno.EDQUOT) or any(f"os error {n})" in text for n in (errno.ENOSPC, errno.EDQUOT)):
-        return OutputError(f"the disk is full: {path} was not written; free some space and run the same command again, finished blocks are kept")
+        return OutputError(
+            f"the disk is full: {path} was not written; free some space and run the same command again, finished blocks are kept"
+        )
     return OutputError(f"{path} cannot be written ({error}); check the directory and its permissions")
 
 
