@@ -103,10 +103,13 @@ class SiteStatistics:
     @cached_property
     def gram(self) -> Tensor:
         """(in, in) weighted X'X of the unquantized input."""
-        return self.quantized_gram(None).qq
+        return self._sums(None).qq
 
     def quantized_gram(self, quantize: Callable[[Tensor], Tensor] | None) -> Gram:
         """Return the Gram matrices under ``quantize``, a map of (n, in) rows; None leaves the input as it is."""
+        return Gram(self.gram, None, None) if quantize is None else self._sums(quantize)
+
+    def _sums(self, quantize: Callable[[Tensor], Tensor] | None) -> Gram:
         n = self.tokens.channels
         qq = torch.zeros(n, n, device=self.device)
         eq, ee = (None, None) if quantize is None else (torch.zeros_like(qq), torch.zeros_like(qq))
