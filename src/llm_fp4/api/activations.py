@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,9 +87,8 @@ def activation_statistics(
         def gather(names: list[str], run: Callable[[int], object]) -> None:
             linears = {n: model.get_submodule(n) for n in names if recipe.selects(n)}
             groups = shared_inputs(linears, lambda: run(0))
-            sites = collect(
-                {g[0]: linears[g[0]] for g in groups}, [(lambda i=i: run(i), None) for i in range(len(batches))], store.scratch
-            )  # type: ignore[misc]
+            runs = [(partial(run, i), None) for i in range(len(batches))]
+            sites = collect({g[0]: linears[g[0]] for g in groups}, runs, store.scratch)
             for group in groups:
                 statistics = SiteStatistics(group[0], sites[group[0]], target)
                 found.append(_summary(statistics, group))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from llm_fp4.statistics import TokenStore
+
+
+class _Enough(Exception):
+    """Every input that was wanted has been read."""
+
 
 Linears = dict[str, nn.Module]
 
@@ -58,20 +63,28 @@ def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
 def collect(linears: Linears, runs: Iterable[tuple[Callable[[], object], Tensor | None]], folder: Path) -> dict[str, TokenStore]:
     """Return the rows every one of ``linears`` reads over all ``runs``, stored in ``folder``.
 
+    A run is cut short once each of ``linears`` has read its input: what comes after is not needed.
+
     Args:
         linears: one for each site, by name.
         runs: for each batch a function that runs the module, and the batch's (batch, tokens) mask or None.
     """
     stores: dict[str, TokenStore] = {}
     mask: Tensor | None = None
+    waiting: set[str] = set()
     with ExitStack() as stack:
 
         def keep(name: str, x: Tensor) -> None:
             if name not in stores:
                 stores[name] = TokenStore(folder / f"{len(stores)}.rows", x.shape[-1])
             stores[name].append(token_rows(x.detach(), mask))
+            waiting.discard(name)
+            if not waiting:
+                raise _Enough
 
         _hook(stack, linears, keep)
         for run, mask in runs:  # noqa: B007 - read by the hook
-            run()
+            waiting = set(linears)
+            with suppress(_Enough):
+                run()
     return stores
