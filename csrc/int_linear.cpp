@@ -7,10 +7,11 @@
 namespace llm_fp4 {
 namespace {
 
-constexpr int64_t kOutsOfAnItem = 32;       // outputs a thread takes at a time where codes are streamed once
+constexpr int64_t kOutsOfAnItem = 128;      // at most so many outputs a thread takes at a time where codes are streamed
+constexpr int64_t kRowsOfAStream = 16;      // up to so many limb rows, codes are expanded in registers
 constexpr int64_t kRowsOfAPass = 1024;      // limb rows arranged at a time
 constexpr int64_t kRowsOfAnItem = 512;      // limb rows an expanded panel is multiplied with
-constexpr int64_t kColumnsOfAPanel = 2048;  // 64 x 2048 levels, 128 KiB, stay in the second-level cache
+constexpr int64_t kColumnsOfAPanel = 4096;  // 64 x 4096 levels, 256 KiB, stay in the second-level cache
 
 struct Arranged {
   Rows rows;
@@ -48,9 +49,12 @@ Finish finish_of(const Weight& w, const LinearCall& call, int64_t token, int64_t
   return f;
 }
 
-void stream(const Kernels& k, const Weight& w, const LinearCall& call, const Arranged& x, int64_t first, int64_t tokens, int threads) {
+// Codes expanded in registers, anew for every few rows; the codes of an item stay in the cache meanwhile.
+void stream(const Kernels& k, const Weight& w, const LinearCall& call, const Arranged& x, int64_t first, int64_t tokens,
+            int threads) {
   const int64_t limbs = call.wide ? 2 : 1, step = kFewRows / limbs;
-  parallel_for(threads, w.out, kOutsOfAnItem, [&](int64_t begin, int64_t end) {
+  const int64_t outs = std::min(kOutsOfAnItem, std::max<int64_t>(8, w.out / (8 * threads) / 8 * 8));
+  parallel_for(threads, w.out, outs, [&](int64_t begin, int64_t end) {
     int32_t sums[kFewRows * kOutsOfAnItem];
     for (int64_t t = 0; t < tokens; t += step) {
       const int64_t some = std::min(step, tokens - t);
@@ -65,7 +69,9 @@ void stream(const Kernels& k, const Weight& w, const LinearCall& call, const Arr
   });
 }
 
-void panels(const Kernels& k, const Weight& w, const LinearCall& call, const Arranged& x, int64_t first, int64_t tokens, int threads) {
+// Codes expanded once for many rows, a panel at a time.
+void panels(const Kernels& k, const Weight& w, const LinearCall& call, const Arranged& x, int64_t first, int64_t tokens,
+            int threads) {
   const int64_t limbs = call.wide ? 2 : 1, columns_of_a_byte = w.bits == 4 ? 2 : 1;
   const int64_t panel_count = (w.out + kPanel - 1) / kPanel;
   int64_t some = kRowsOfAnItem / limbs;  // tokens of an item: fewer where threads would else stand idle
@@ -97,18 +103,12 @@ void panels(const Kernels& k, const Weight& w, const LinearCall& call, const Arr
 
 void int_linear(const Kernels& k, const Weight& w, const LinearCall& call, int threads) {
   if (call.tokens == 0 || w.out == 0) return;
-  if (w.in == 0) {  // every sum is empty
-    for (int64_t t = 0; t < call.tokens; ++t) {
-      for (int64_t i = 0; i < w.out; ++i) call.y[t * w.out + i] = 0.0f * (call.step[t * call.step_stride] * call.scale[i]) + (call.bias ? call.bias[i] : 0.0f);
-    }
-    return;
-  }
   const int64_t limbs = call.wide ? 2 : 1;
   for (int64_t first = 0; first < call.tokens; first += kRowsOfAPass / limbs) {
     const int64_t tokens = std::min(kRowsOfAPass / limbs, call.tokens - first);
     const Arranged x = arrange_rows(k, w, call, first, tokens, threads);
-    const bool few = x.rows.count <= kFewRows || !k.product;
-    (few ? stream : panels)(k, w, call, x, first, tokens, threads);
+    const bool in_registers = x.rows.count <= kRowsOfAStream || !k.product || w.in == 0;
+    (in_registers ? stream : panels)(k, w, call, x, first, tokens, threads);
   }
 }
 

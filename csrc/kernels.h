@@ -8,9 +8,10 @@
 
 namespace llm_fp4 {
 
-constexpr int64_t kBlock = 128;   // columns of one 64-byte run of 4-bit codes; arranged rows are padded to this
-constexpr int64_t kPanel = 64;    // outputs of an expanded panel
-constexpr int64_t kFewRows = 8;   // up to so many rows, `dot` expands codes in registers
+constexpr int64_t kBlock = 128;    // columns of one 64-byte run of 4-bit codes; arranged rows are padded to this
+constexpr int64_t kPanel = 64;     // outputs of an expanded panel
+constexpr int64_t kFewRows = 8;    // up to so many rows, `dot` expands codes in registers
+constexpr int64_t kFloatRows = 4;  // `float_dot` takes up to so many
 
 // How an input becomes levels.
 struct Quantizer {
@@ -39,6 +40,13 @@ struct Weight {
 struct Rows {
   const int8_t* data;
   int64_t stride;
+  int64_t count;
+};
+
+// Float rows side by side: element 8 * lane + nibble of row r in block b stands at ((b * 8 + nibble) * count + r) * 16 + lane,
+// blocks being of 128 columns, the last one filled with 0. Shifting dwords of codes by nibbles yields that order.
+struct FloatRows {
+  const float* data;
   int64_t count;
 };
 
@@ -72,9 +80,10 @@ struct Kernels {
   // sums (count, kPanel) of a panel's dwords with rows; added to what is there if `more`
   void (*product)(const uint8_t* panel, int64_t dwords, const Rows&, int32_t* sums, bool more);
   void (*finish)(const Finish&);
-  // float rows in blocks of 128 columns, column 8 * lane + nibble at nibble * 16 + lane; y (count, out)
-  void (*float_dot)(const Weight&, const float* rows, int64_t row_stride, int64_t count, int64_t first, int64_t last,
-                    const float* scale, const float* bias, float* y, int64_t y_stride);
+  // float sums (count, stride) of outputs [first, last) over `bytes` bytes of codes from `first_byte`, both multiples of
+  // 64 but at a row's end
+  void (*float_dot)(const Weight&, const FloatRows&, int64_t first, int64_t last, int64_t first_byte, int64_t bytes, float* sums,
+                    int64_t stride, bool more);
 };
 
 const Kernels& scalar_kernels();

@@ -5,8 +5,8 @@
 namespace llm_fp4 {
 namespace avx2 {
 
-void float_dot(const Weight&, const float* rows, int64_t row_stride, int64_t count, int64_t first, int64_t last, const float* scale,
-               const float* bias, float* y, int64_t y_stride);
+void float_dot(const Weight&, const FloatRows&, int64_t first, int64_t last, int64_t first_byte, int64_t bytes, float* sums,
+               int64_t stride, bool more);
 
 }  // namespace avx2
 }  // namespace llm_fp4

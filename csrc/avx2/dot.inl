@@ -24,7 +24,8 @@ inline __m256i add_wide_products(__m256i sum, __m256i levels, __m256i input) {
   return _mm256_dpbusd_avx_epi32(sum, levels, input);
 #else
   const __m256i zero = _mm256_setzero_si256();
-  const __m256i low = _mm256_srai_epi16(_mm256_unpacklo_epi8(zero, input), 8), high = _mm256_srai_epi16(_mm256_unpackhi_epi8(zero, input), 8);
+  const __m256i low = _mm256_srai_epi16(_mm256_unpacklo_epi8(zero, input), 8);
+  const __m256i high = _mm256_srai_epi16(_mm256_unpackhi_epi8(zero, input), 8);
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_unpacklo_epi8(levels, zero), low));
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_unpackhi_epi8(levels, zero), high));
 #endif

@@ -7,11 +7,15 @@ namespace llm_fp4 {
 namespace avx512 {
 namespace {
 
+constexpr int64_t kAhead = 8192;  // bytes of codes
+
 template <int kRows, int kOuts, int kBits>
 struct Tile {
-  __m512i sum[kOuts][kRows];
+  static constexpr int kOdd = kOuts * kRows <= 4;  // few sums: the odd columns get their own, for the latency's sake
+  __m512i sum[kOuts][kRows][1 + kOdd];
   const uint8_t* codes[kOuts];
   const int8_t* rows;
+  const uint8_t* next;  // what to fetch meanwhile
   int64_t stride;
 
   // one run of 64 bytes of codes at `at`, the columns they stand for at `column`
@@ -19,6 +23,7 @@ struct Tile {
   inline __attribute__((always_inline)) void step(const Codes& expand, int64_t at, int64_t column, __mmask64 mask) {
 #pragma GCC unroll 8
     for (int o = 0; o < kOuts; ++o) {
+      _mm_prefetch(reinterpret_cast<const char*>(next + at * kOuts + o * 64), _MM_HINT_T0);
       const __m512i packed = kTail ? _mm512_maskz_loadu_epi8(mask, codes[o] + at) : _mm512_loadu_si512(codes[o] + at);
       if (kBits == 4) {
         __m512i even, odd;
@@ -26,14 +31,14 @@ struct Tile {
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const int8_t* row = rows + r * stride + column;
-          sum[o][r] = _mm512_dpbusd_epi32(sum[o][r], even, _mm512_loadu_si512(row));
-          sum[o][r] = _mm512_dpbusd_epi32(sum[o][r], odd, _mm512_loadu_si512(row + 64));
+          sum[o][r][0] = _mm512_dpbusd_epi32(sum[o][r][0], even, _mm512_loadu_si512(row));
+          sum[o][r][kOdd] = _mm512_dpbusd_epi32(sum[o][r][kOdd], odd, _mm512_loadu_si512(row + 64));
         }
       } else {
         const __m512i level = expand.bytes(packed);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r)
-          sum[o][r] = _mm512_dpbusd_epi32(sum[o][r], level, _mm512_loadu_si512(rows + r * stride + column));
+          sum[o][r][0] = _mm512_dpbusd_epi32(sum[o][r][0], level, _mm512_loadu_si512(rows + r * stride + column));
       }
     }
   }
@@ -45,11 +50,14 @@ void dot_tile(const Weight& w, const Rows& x, int64_t first, int32_t* sums, int6
   Tile<kRows, kOuts, kBits> tile;
   tile.rows = x.data;
   tile.stride = x.stride;
+  tile.next = w.codes + first * w.row_bytes + (kOuts == 1 ? kAhead : kOuts * w.row_bytes);
 #pragma GCC unroll 8
   for (int o = 0; o < kOuts; ++o) {
     tile.codes[o] = w.codes + (first + o) * w.row_bytes;
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) tile.sum[o][r] = _mm512_setzero_si512();
+    for (int r = 0; r < kRows; ++r) {
+      for (__m512i& sum : tile.sum[o][r]) sum = _mm512_setzero_si512();
+    }
   }
   constexpr int64_t kColumns = kBits == 4 ? 2 : 1;  // columns of a byte
   int64_t at = 0;
@@ -58,13 +66,16 @@ void dot_tile(const Weight& w, const Rows& x, int64_t first, int32_t* sums, int6
 #pragma GCC unroll 8
   for (int o = 0; o < kOuts; ++o) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sums[r * stride + o] = _mm512_reduce_add_epi32(tile.sum[o][r]);
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i sum = tile.kOdd ? _mm512_add_epi32(tile.sum[o][r][0], tile.sum[o][r][tile.kOdd]) : tile.sum[o][r][0];
+      sums[r * stride + o] = _mm512_reduce_add_epi32(sum);
+    }
   }
 }
 
 template <int kRows, int kBits>
 void dot_rows(const Weight& w, const Rows& x, int64_t first, int64_t last, int32_t* sums, int64_t stride) {
-  constexpr int kOuts = kRows <= 4 ? 4 : 2;
+  constexpr int kOuts = kRows <= 2 ? 1 : kRows <= 4 ? 4 : 2;  // one row of codes at a time streams fastest
   int64_t out = first;
   for (; out + kOuts <= last; out += kOuts) dot_tile<kRows, kOuts, kBits>(w, x, out, sums + (out - first), stride);
   for (; out < last; ++out) dot_tile<kRows, 1, kBits>(w, x, out, sums + (out - first), stride);

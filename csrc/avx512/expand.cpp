@@ -37,13 +37,15 @@ inline void transpose(__m512i (&r)[16]) {
 
 void expand(const Weight& w, int64_t first_out, int64_t first_byte, int64_t bytes, uint8_t* panel) {
   const Codes codes(w);
-  for (int64_t at = 0; at < bytes; at += 64) {
-    const __mmask64 mask = first_bytes(w.row_bytes - first_byte - at);
-    for (int64_t group = 0; group < kPanel / 16; ++group) {
+  for (int64_t group = 0; group < kPanel / 16; ++group) {
+    for (int64_t at = 0; at < bytes; at += 64) {
+      const __mmask64 mask = first_bytes(w.row_bytes - first_byte - at);
       __m512i row[16];
       for (int64_t i = 0; i < 16; ++i) {
         const int64_t out = first_out + group * 16 + i;
-        row[i] = out < w.out ? _mm512_maskz_loadu_epi8(mask, w.codes + out * w.row_bytes + first_byte + at) : _mm512_setzero_si512();
+        const uint8_t* from = w.codes + out * w.row_bytes + first_byte + at;
+        row[i] = out < w.out ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_setzero_si512();
+        _mm_prefetch(reinterpret_cast<const char*>(from) + 512, _MM_HINT_T0);
       }
       transpose(row);
       uint8_t* to = panel + at * (w.bits == 4 ? 2 : 1) * kPanel + group * 64;

@@ -28,19 +28,21 @@ void dot(const Weight& w, const Rows& x, int64_t first, int64_t last, int32_t* s
   }
 }
 
-void float_dot(const Weight& w, const float* rows, int64_t stride, int64_t count, int64_t first, int64_t last, const float* scale,
-               const float* bias, float* y, int64_t y_stride) {
+void float_dot(const Weight& w, const FloatRows& x, int64_t first, int64_t last, int64_t first_byte, int64_t bytes, float* sums,
+               int64_t stride, bool more) {
+  const int64_t begin = first_byte * 2, end = begin + bytes * 2 < w.in ? begin + bytes * 2 : w.in;
   for (int64_t out = first; out < last; ++out) {
     const uint8_t* codes = w.codes + out * w.row_bytes;
-    for (int64_t r = 0; r < count; ++r) {
+    for (int64_t r = 0; r < x.count; ++r) {
       float sum[16] = {};  // one of each lane, as the vector kernels add them
-      for (int64_t j = 0; j < w.in; ++j) {
+      for (int64_t j = begin; j < end; ++j) {
         const int64_t lane = j % kBlock / 8, nibble = j % 8;
-        sum[lane] += w.levels[codes[j / 2] >> (4 * (j & 1)) & 15] * rows[r * stride + j / kBlock * kBlock + nibble * 16 + lane];
+        sum[lane] += w.levels[codes[j / 2] >> (4 * (j & 1)) & 15] * x.data[((j / kBlock * 8 + nibble) * x.count + r) * 16 + lane];
       }
       float total = 0.0f;
       for (float part : sum) total += part;
-      y[r * y_stride + out] = bias ? total * scale[out] + bias[out] : total * scale[out];
+      float& to = sums[r * stride + out - first];
+      to = more ? to + total : total;
     }
   }
 }

@@ -41,8 +41,11 @@ def quantize_input(
     library = selected()
     fmt = FloatFormat(exponent_bits, mantissa_bits, signed)
     top = fmt.max_level << max_shift
-    covered = top <= TWO_LIMBS and x.dim() == 2 and _ready(scale, torch.float32, 1)
-    if library is None or not covered or not _ready(shift, torch.uint8, x.shape[1]) or not _ready(smooth, torch.float32, x.shape[1]):
+    covered = (
+        top <= TWO_LIMBS and _ready(scale, torch.float32, 1)
+        and _ready(shift, torch.uint8, x.shape[1]) and _ready(smooth, torch.float32, x.shape[1])
+    )  # fmt: skip
+    if library is None or not covered:
         return ops.quantize_input._init_fn(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token)  # type: ignore[no-any-return]
     tokens, width = x.shape
     x = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()

@@ -44,7 +44,8 @@ def _compiled() -> ctypes.CDLL | None:
             problem = f"{spec.origin} belongs to another version of llm-fp4"
         except (OSError, AttributeError) as error:
             problem = f"{spec.origin} does not load: {error}"
-    logging.getLogger(__name__).warning("running without compiled CPU kernels, through torch and slower; %s; reinstall llm-fp4", problem)
+    message = "running without compiled CPU kernels, through torch and slower; %s; reinstall llm-fp4"
+    logging.getLogger(__name__).warning(message, problem)
     return None
 
 
@@ -74,7 +75,8 @@ def select(name: str | None = None) -> str:
     """
     name = name or os.environ.get(_VARIABLE) or available()[0]
     if name not in available():
-        raise UnsupportedError(f"no CPU kernels named {name!r} run on this machine; set {_VARIABLE} to one of {', '.join(available())}")
+        choices = ", ".join(available())
+        raise UnsupportedError(f"no CPU kernels named {name!r} run on this machine; set {_VARIABLE} to one of {choices}")
     _Choice.library = None if name == _TORCH else _compiled()
     _Choice.made = True
     if _Choice.library is not None:
