@@ -1,0 +1,15 @@
+#pragma once
+
+#include "kernels.h"
+
+namespace llm_fp4 {
+namespace avx512 {
+
+void dot(const Weight&, const Rows&, int64_t first, int64_t last, int32_t* sums, int64_t stride);
+void expand(const Weight&, int64_t first_out, int64_t first_byte, int64_t bytes, uint8_t* panel);
+void product(const uint8_t* panel, int64_t dwords, const Rows&, int32_t* sums, bool more);
+void float_dot(const Weight&, const FloatRows&, int64_t first, int64_t last, int64_t first_byte, int64_t bytes, float* sums,
+               int64_t stride, bool more);
+
+}  // namespace avx512
+}  // namespace llm_fp4

@@ -1,0 +1,20 @@
+// AVX-512 with VNNI: Cascade Lake, Ice Lake, Zen 4 and later.
+#include "avx512/avx512.h"
+
+#include "common/arrange.inl"
+#include "common/quantize.inl"
+
+namespace llm_fp4 {
+
+const Kernels& avx512_kernels() {
+  static const Kernels kernels = {
+      "avx512",
+      [] {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+      },
+      row_top, quantize_row, arrange, avx512::dot, avx512::expand, avx512::product, finish, avx512::float_dot};
+  return kernels;
+}
+
+}  // namespace llm_fp4

@@ -1,0 +1,53 @@
+// The C interface that Python loads; kernels/cpu.py declares it once more. Arguments are checked there.
+#include <new>
+
+#include "dispatch.h"
+#include "linear.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace llm_fp4;
+
+// Raised with every change of an argument list.
+EXPORT int llm_fp4_version() { return 1; }
+
+EXPORT int llm_fp4_select(const char* name) { return select(name) ? 1 : 0; }
+
+EXPORT const char* llm_fp4_selected() { return kernels().name; }
+
+// The name of the index-th best set of kernels this machine runs; null beyond the last.
+EXPORT const char* llm_fp4_available(int index) {
+  const Kernels* k = available(index);
+  return k ? k->name : nullptr;
+}
+
+// All return 0, or 1 if working memory ran out.
+EXPORT int llm_fp4_quantize_input(const void* x, int bfloat16, int64_t tokens, int64_t in, const float* scale, const uint8_t* shift,
+                                  const float* smooth, int exponent_bits, int mantissa_bits, int is_signed, int max_shift,
+                                  int per_token, void* levels, float* step, int threads) try {
+  const Format format{exponent_bits, mantissa_bits, is_signed != 0};
+  quantize_input(kernels(), {x, bfloat16 != 0, tokens, in, scale, shift, smooth, format, max_shift, per_token != 0, levels, step},
+                 threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+EXPORT int llm_fp4_int_linear(const void* levels, int wide, int64_t tokens, int64_t in, const float* step, int64_t step_stride,
+                              const uint8_t* codes, int64_t out, const float* scale, const float* bias, int exponent_bits,
+                              int mantissa_bits, float* y, int threads) try {
+  const Weight w = make_weight(codes, out, in, {exponent_bits, mantissa_bits, true});
+  int_linear(kernels(), w, {levels, wide != 0, tokens, step, step_stride, scale, bias, y}, threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+EXPORT int llm_fp4_float_linear(const float* x, int64_t tokens, int64_t in, const uint8_t* codes, int64_t out, const float* scale,
+                                const float* bias, int exponent_bits, int mantissa_bits, float* y, int threads) try {
+  const Weight w = make_weight(codes, out, in, {exponent_bits, mantissa_bits, true});
+  float_linear(kernels(), w, x, tokens, scale, bias, y, threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}

@@ -1,0 +1,95 @@
+// What one instruction set provides: a table of functions, all working on rows of the checkpoint's own layout.
+//
+// Integer products are of unsigned weights with signed inputs: a weight's level plus `offset` fits a byte, and
+// offset times the sum of the input row is subtracted at the end. That needs a sum per token, none per weight.
+#pragma once
+
+#include <cstdint>
+
+namespace llm_fp4 {
+
+constexpr int64_t kBlock = 128;    // columns of one 64-byte run of 4-bit codes; arranged rows are padded to this
+constexpr int64_t kPanel = 64;     // outputs of an expanded panel
+constexpr int64_t kFewRows = 8;    // up to so many rows, `dot` expands codes in registers
+constexpr int64_t kFloatRows = 4;  // `float_dot` takes up to so many
+
+// How an input becomes levels.
+struct Quantizer {
+  int64_t in;
+  const uint8_t* shift;  // (in,) or null
+  const float* smooth;   // (in,) or null
+  int max_shift;
+  int mantissa_bits;
+  float low, top;  // the range of levels
+  bool bfloat16;   // the input's type, else float32
+  bool wide;       // the levels' type is int16, else int8
+};
+
+// Packed rows of 4-bit codes (low nibble first) or 8-bit sign-magnitude codes.
+struct Weight {
+  const uint8_t* codes;
+  int64_t out, in, row_bytes;
+  int bits;
+  int offset;         // what makes every level unsigned
+  uint8_t table[16];  // level + offset of each 4-bit code
+  float levels[16];   // level of each 4-bit code
+};
+
+// Limb rows in the order of the codes: for each 128 columns the 64 even ones, then the 64 odd ones (4-bit codes), or
+// as they are (8-bit codes). Columns beyond `in` are 0. int16 levels are two limb rows: the high one, then the low one.
+struct Rows {
+  const int8_t* data;
+  int64_t stride;
+  int64_t count;
+};
+
+// Float rows side by side: element 8 * lane + nibble of row r in block b stands at ((b * 8 + nibble) * count + r) * 16 + lane,
+// blocks being of 128 columns, the last one filled with 0. Shifting dwords of codes by nibbles yields that order.
+struct FloatRows {
+  const float* data;
+  int64_t count;
+};
+
+// Sums of products of limb rows and `outs` outputs, and what turns them into float32 outputs.
+struct Finish {
+  const int32_t* sums;  // (count, stride)
+  int64_t stride;
+  const int32_t* row_sums;  // (count,) sum of each limb row
+  const float* step;        // (1 or tokens,)
+  int64_t step_stride;      // 0 or 1
+  const float* scale;       // (outs,)
+  const float* bias;        // (outs,) or null
+  int64_t tokens, outs;
+  int limbs, offset;
+  float* y;
+  int64_t y_stride;
+};
+
+struct Kernels {
+  const char* name;
+  bool (*supported)();
+  // largest |x| times its multiplier in a row; NaN if the row holds one
+  float (*row_top)(const Quantizer&, const void* x);
+  void (*quantize_row)(const Quantizer&, float inverse_step, const void* x, void* levels);
+  // levels (in,) to one or two limb rows with their sums
+  void (*arrange)(const void* levels, bool wide, int64_t in, int bits, int8_t* rows, int64_t stride, int32_t* row_sums);
+  // sums (count, stride) of outputs [first, last), at most kFewRows rows
+  void (*dot)(const Weight&, const Rows&, int64_t first, int64_t last, int32_t* sums, int64_t stride);
+  // kPanel rows of codes from `first_byte` on to [dword][output][4 columns] of unsigned levels; null: only `dot`
+  void (*expand)(const Weight&, int64_t first_out, int64_t first_byte, int64_t bytes, uint8_t* panel);
+  // sums (count, kPanel) of a panel's dwords with rows; added to what is there if `more`
+  void (*product)(const uint8_t* panel, int64_t dwords, const Rows&, int32_t* sums, bool more);
+  void (*finish)(const Finish&);
+  // float sums (count, stride) of outputs [first, last) over `bytes` bytes of codes from `first_byte`, both multiples of
+  // 64 but at a row's end
+  void (*float_dot)(const Weight&, const FloatRows&, int64_t first, int64_t last, int64_t first_byte, int64_t bytes, float* sums,
+                    int64_t stride, bool more);
+};
+
+const Kernels& scalar_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx_vnni_kernels();
+const Kernels& avx512_kernels();
+const Kernels& amx_kernels();
+
+}  // namespace llm_fp4

@@ -1,0 +1,50 @@
+#include <cmath>
+
+#include "linear.h"
+#include "parallel.h"
+
+namespace llm_fp4 {
+namespace {
+
+constexpr float kSmallestStep = 0x1p-126f;  // as in kernels/ops.py
+constexpr int64_t kElementsOfAThread = 16384;
+
+float step_of(float top, float ratio_of_level) {
+  if (top == 0.0f) return 1.0f;
+  const float step = top * ratio_of_level;
+  return step < kSmallestStep ? kSmallestStep : step;  // NaN stays
+}
+
+}  // namespace
+
+void quantize_input(const Kernels& k, const QuantizeCall& call, int threads) {
+  const float top = static_cast<float>(call.format.max_level());
+  Quantizer q{call.in,
+              call.shift,
+              call.smooth,
+              call.max_shift,
+              call.format.mantissa_bits,
+              call.format.is_signed ? -top : 0.0f,
+              top,
+              call.bfloat16,
+              call.format.max_level() << call.max_shift > 127};
+  const float unit = std::ldexp(1.0f, -call.max_shift);
+  const float ratio_of_level = call.scale[0] / top;
+  const auto* x = static_cast<const char*>(call.x);
+  auto* levels = static_cast<char*>(call.levels);
+  const int64_t x_bytes = call.in * (call.bfloat16 ? 2 : 4), level_bytes = call.in * (q.wide ? 2 : 1);
+  if (!call.per_token) call.step[0] = call.scale[0] * unit;
+  const int64_t chunk = 1 + kElementsOfAThread / (call.in + 1);
+  parallel_for(threads, call.tokens, chunk, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      float step = call.scale[0];
+      if (call.per_token) {
+        step = step_of(k.row_top(q, x + t * x_bytes), ratio_of_level);
+        call.step[t] = step * unit;
+      }
+      k.quantize_row(q, 1.0f / step, x + t * x_bytes, levels + t * level_bytes);
+    }
+  });
+}
+
+}  // namespace llm_fp4
