@@ -30,6 +30,7 @@ METHODS = [
     ("MinMax FP4 (E2M1)", "minmax-fp"),
     ("FPQ baseline", "fpq-baseline"),
     ("FPQ", "fpq"),
+    ("FPQ + error compensation", "fpq-gptq"),
 ]
 # less than the paper's effort (3 rounds, 16,384 tokens), so that the whole demo takes minutes
 SEQUENCES, LENGTH, ROUNDS = 8, 512, 1
