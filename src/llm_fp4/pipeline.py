@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llm_fp4.calibration import collect, shared_inputs
 from llm_fp4.checkpoint import RunStore
 from llm_fp4.errors import RecipeError, UnsupportedError
-from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, set_module, weight_shapes
+from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, set_module, weight_shapes
 from llm_fp4.nn import QuantEmbedding, QuantLinear
 from llm_fp4.numerics import PerRow, QuantizedTensor, parse, quantize_tensor, require_finite
 from llm_fp4.plan import FixedWeight, SiteResult, WeightPlan
@@ -71,6 +71,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.runner = BlockRunner(self.model, self.structure.blocks)
+        self.runner.tuples = self.store.tuples
         self.shapes = weight_shapes(self.model, self.structure)
         self.sequential = self.recipe.search.propagation == "sequential"
         self.shared_head = shared_heads(self.structure, self.recipe)
@@ -94,7 +95,8 @@ class Job:
     def _embeddings(self) -> None:
         """Unit 0: quantize the embeddings and store the input of the first block."""
         names = [n for n in self.structure.embeddings if self.recipe.selects(n) and self.recipe.embedding_formats()]
-        self._load_outer(self.structure.outer_linears)
+        self._load_outer(list(self.structure.tied))
+        self._refuse_early_linears()
         tensors: dict[str, Tensor] = {}
         plans: dict[str, Any] = {}
         replaced: dict[str, nn.Module] = {}
@@ -110,9 +112,10 @@ class Job:
             gram = self._float_head_gram(head) if head and searched else None
             plan, rounded = embedding_plan(name, weight, self.recipe.embedding_formats(), searched, gram)
             quantized = quantize_tensor(rounded, plan.scale, plan.format, PerRow(), name)
-            replaced[name] = QuantEmbedding.from_quantized(quantized, torch.float32, float(getattr(table, "embed_scale", 1.0)))
+            multiplier = embedding_multiplier(table)
+            replaced[name] = QuantEmbedding.from_quantized(quantized, torch.float32, multiplier)
             tensors |= {f"{name}.weight_packed": quantized.packed, f"{name}.weight_scale": quantized.scale}
-            plans[name] = {"kind": "embedding", **plan.to_json()}
+            plans[name] = {"kind": "embedding", "multiplier": multiplier, **plan.to_json()}
         if self.sequential:
             for name, module in replaced.items():
                 set_module(self.model, name, module)
@@ -120,6 +123,7 @@ class Job:
             self.store.save_input(1, i, self.runner.first_hidden(batch))
         for name, module in replaced.items():
             set_module(self.model, name, module)
+        self.store.tuples = self.runner.tuples
         self.store.finish(0, tensors, {"weights": plans, "inputs": {}})
 
     def _block(self, unit: int) -> None:
@@ -143,6 +147,7 @@ class Job:
             for i in range(len(self.batches)):
                 self.store.save_input(unit + 1, i, run(i))
         tensors = self._tensors(block, name)
+        self.store.tuples = self.runner.tuples
         self.store.finish(unit, tensors, plans)
         if not self.keep:
             self.source.release(self.model, name)
@@ -177,6 +182,10 @@ class Job:
             UnsupportedError: a selected linear did not run, so that nothing is known of its input.
         """
         ran = {n for g in groups for n in g}
+        if twice := [n for n in ran if sum(n in g for g in groups) > 1]:
+            raise UnsupportedError(
+                f"{twice[0]} runs on several inputs in one pass, which is not implemented; add --ignore {twice[0]}"
+            )
         if idle := sorted(set(selected) - ran):
             raise UnsupportedError(
                 f"{idle[0]} did not run on the calibration data, so it cannot be quantized; add --ignore {idle[0]}"
@@ -253,7 +262,29 @@ class Job:
             table = self.model.get_submodule(name)
             if not self.keep and not isinstance(table, _ZeroEmbedding):
                 set_module(self.model, name, _ZeroEmbedding(cast(int, table.embedding_dim)))
-        self._load_outer(self.structure.outer_linears)
+        self._load_outer(list(self.structure.tied))
+
+    def _refuse_early_linears(self) -> None:
+        """Raise UnsupportedError for a selected linear that runs before the blocks, or a model that works between them.
+
+        Inputs of linears outside the blocks are gathered after the last block, from its output; and hidden states are
+        carried from block to block as they are.
+        """
+        outer = {n: self.model.get_submodule(n) for n in self.structure.outer_linears if self.recipe.selects(n)}
+        early = shared_inputs(outer, lambda: self.runner.first_hidden(self.batches[0]))
+        if early:
+            raise UnsupportedError(
+                f"{early[0][0]} runs before the blocks, where linears are not quantized yet; add --ignore {early[0][0]}"
+            )
+        last = len(self.structure.blocks) - 1
+        try:
+            self.runner.arguments(last, self.batches[0])
+        except Exception as first:  # perhaps because these blocks return tuples, which the stubs cannot know yet
+            self.runner.tuples = True
+            try:
+                self.runner.arguments(last, self.batches[0])
+            except Exception:
+                raise first from None
 
     def _float_head_gram(self, head: str) -> Tensor:
         """Return X'X of the head's input in the float model, streamed block by block."""

@@ -76,33 +76,29 @@ class SiteStatistics:
     tokens: TokenStore
     device: torch.device
     seed: int = 0
-    token_weight: Tensor | None = None  # (tokens,) factor on each token's error, None: all 1
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield (n, in) rows with the (n, 1) square root of their weights, in order."""
-        rows = self.tokens.rows
-        for start in range(0, len(rows), CHUNK):
-            weight = None if self.token_weight is None else self.token_weight[start : start + CHUNK].sqrt().unsqueeze(1)
-            yield rows[start : start + CHUNK].to(self.device), None if weight is None else weight.to(self.device)
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield (n, in) rows on the device, in order."""
+        for rows in self.tokens.rows.split(CHUNK):  # type: ignore[no-untyped-call]
+            yield rows.to(self.device)
 
     def check(self) -> None:
         """Raise NonFiniteError naming the site if a calibration value is NaN or infinite."""
-        for rows, _ in self.chunks():
+        for rows in self.chunks():
             require_finite(rows, f"the calibration input of {self.name}")
 
     @cached_property
     def channel_absmax(self) -> Tensor:
         """(in,) largest magnitude of each channel."""
-        return torch.stack([rows.abs().amax(0) for rows, _ in self.chunks()]).amax(0)
+        return torch.stack([rows.abs().amax(0) for rows in self.chunks()]).amax(0)
 
-    def token_absmax(self, multiplier: Tensor | None = None) -> Tensor:
-        """(tokens,) largest magnitude of each token, channels first multiplied by ``multiplier`` (in,)."""
-        parts = [(rows if multiplier is None else rows * multiplier).abs().amax(1) for rows, _ in self.chunks()]
-        return torch.cat(parts)
+    def token_absmax(self) -> Tensor:
+        """(tokens,) largest magnitude of each token."""
+        return torch.cat([rows.abs().amax(1) for rows in self.chunks()])
 
     @cached_property
     def gram(self) -> Tensor:
-        """(in, in) weighted X'X of the unquantized input."""
+        """(in, in) X'X of the unquantized input."""
         return self._sums(None).qq
 
     def quantized_gram(self, quantize: Callable[[Tensor], Tensor] | None) -> Gram:
@@ -113,14 +109,11 @@ class SiteStatistics:
         n = self.tokens.channels
         qq = torch.zeros(n, n, device=self.device)
         eq, ee = (None, None) if quantize is None else (torch.zeros_like(qq), torch.zeros_like(qq))
-        for rows, weight in self.chunks():
+        for rows in self.chunks():
             q = rows if quantize is None else quantize(rows)
-            e = None if quantize is None else rows - q
-            if weight is not None:
-                q = q * weight
-                e = None if e is None else e * weight
             qq.addmm_(q.t(), q)
-            if e is not None and eq is not None and ee is not None:
+            if eq is not None and ee is not None:
+                e = rows - q
                 eq.addmm_(e.t(), q)
                 ee.addmm_(e.t(), e)
         return Gram(qq, eq, ee)
@@ -133,10 +126,9 @@ class SiteStatistics:
         """
         rows = self.tokens.rows
         total = len(rows)
-        base = torch.ones(total) if self.token_weight is None else self.token_weight.cpu()
         if total <= count:
-            return rows.to(self.device), base.to(self.device)
-        energy = torch.cat([r.square().sum(1).cpu() for r, _ in self.chunks()]) * base
+            return rows.to(self.device), torch.ones(total, device=self.device)
+        energy = torch.cat([r.square().sum(1).cpu() for r in self.chunks()])
         order = energy.argsort(descending=True, stable=True)
         heavy, light = order[: count // 8], order[count // 8 :].sort().values
         generator = torch.Generator().manual_seed(self.seed)
@@ -144,4 +136,4 @@ class SiteStatistics:
         index = torch.cat((heavy, drawn)).sort().values
         weight = torch.full((total,), len(light) / len(drawn))
         weight[heavy] = 1.0
-        return rows[index].to(self.device), (weight * base)[index].to(self.device)
+        return rows[index].to(self.device), weight[index].to(self.device)

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from llm_fp4.kernels.simulate import fake_quantize_input
-from llm_fp4.numerics import FloatFormat, fake_quantize, formats_of_width, parse, scale_of_max
+from llm_fp4.numerics import fake_quantize, formats_of_width, parse, scale_of_max
 from llm_fp4.plan import InputSpec
 from llm_fp4.recipe import Recipe
 from llm_fp4.search import search_site
 from llm_fp4.search.compensation import compensate
+from llm_fp4.search.embedding import embedding_plan
 from llm_fp4.search.grids import Log2Grid, PaperGrid, search_formats
 from llm_fp4.search.inputs import OutputError
 from llm_fp4.search.ranking import as_operand
 from llm_fp4.search.shift import channel_shift
-from llm_fp4.search.sinks import balancing_weight, sink_ratio
+from llm_fp4.search.sinks import sink_ratio
 from llm_fp4.search.weights import choose_weight, weight_loss
 from llm_fp4.statistics import Gram, SiteStatistics, TokenStore
 
@@ -124,13 +125,10 @@ def test_shift_is_equation_15() -> None:
     assert int(shift[5]) == 3  # a dead channel
 
 
-def test_sinks_are_recognised_and_balanced() -> None:
+def test_sinks_are_recognised() -> None:
     tokens = torch.cat((torch.ones(99), torch.tensor([5000.0])))
     assert sink_ratio(tokens) == 5000
     assert sink_ratio(torch.zeros(4)) == 1
-    weight = balancing_weight(tokens, 10.0)
-    assert weight[:99].tolist() == [1.0] * 99
-    assert float(weight[99] * tokens[99] ** 2) == pytest.approx(100.0)
 
 
 @pytest.mark.parametrize("name", ["e2m1", "e1m2", "e3m0", "e2m3"])
@@ -216,5 +214,39 @@ def test_sampled_sums_estimate_sums_over_all_tokens(site: SiteStatistics) -> Non
     assert estimate == pytest.approx(truth, rel=0.02)  # the heavy token is in it, counted once
 
 
-def test_per_format_search_covers_unsearched_formats() -> None:
-    assert FloatFormat(2, 1) in Recipe().rule("x").input_formats
+def test_compensation_makes_up_for_the_error_of_the_input_too(site: SiteStatistics) -> None:
+    weight, fmt = weights()["q"], parse("e2m1")
+    spec = InputSpec(fmt)
+    scale = scale_of_max(site.channel_absmax.amax(), fmt)
+    gram = site.quantized_gram(lambda x: fake_quantize_input(x, spec, scale, None, None))
+    assert gram.eq is not None
+    step = scale_of_max(weight.abs().amax(1), fmt)
+    knowing = compensate(weight, gram, step, fmt)
+    ignorant = compensate(weight, Gram(gram.qq, None, None), step, fmt)
+    rows = fake_quantize_input(site.tokens.rows, spec, scale, None, None)
+    assert output_error(site, weight, knowing, rows) < 0.9 * output_error(site, weight, ignorant, rows)
+
+
+def test_compensation_of_a_dead_input_is_plain_rounding_or_as_good() -> None:
+    weight = weights()["q"]
+    gram = Gram(torch.zeros(48, 48), torch.zeros(48, 48), torch.zeros(48, 48))
+    values = compensate(weight, gram, scale_of_max(weight.abs().amax(1), parse("e2m1")), parse("e2m1"))
+    assert torch.isfinite(values).all()
+
+
+def test_a_shared_embedding_serves_the_head_better_than_its_rows_alone() -> None:
+    torch.manual_seed(4)
+    table = torch.randn(64, 48)
+    inputs = torch.randn(400, 48) @ torch.diag(torch.exp(2 * torch.randn(48)))
+    gram = inputs.t() @ inputs
+    rules = Recipe().search
+    alone, shared = (embedding_plan("e", table, formats_of_width(4), rules, g)[1] for g in (None, gram))
+
+    def head_error(values: Tensor) -> float:
+        return float((inputs @ (values - table).t()).square().sum())
+
+    def row_error(values: Tensor) -> float:
+        return float((values - table).square().sum())
+
+    assert head_error(shared) < head_error(alone)
+    assert row_error(alone) < row_error(shared) < 2 * row_error(alone)  # the rows' own error is kept in sight

@@ -33,7 +33,13 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
         raise UnsupportedError(
             f"{type(model).__name__} has several stacks of blocks ({', '.join(stacks)}), which is not implemented in this version"
         )
-    recipe.check_patterns(structure.names())
+    recipe.check_patterns([*structure.names(), *structure.others])
+    if left := [n for n in structure.others if recipe.selects(n)]:
+        kind = type(model.get_submodule(left[0])).__name__
+        raise UnsupportedError(
+            f"{left[0]} is a {kind}, whose weight this version cannot quantize ({len(left)} such modules); "
+            f"leave them in float with --ignore {left[0].rpartition('.')[2]}"
+        )
     chosen = [n for n in structure.names() if recipe.selects(n)]
     if not chosen:
         raise UnsupportedError("targets and ignore leave no layer to quantize; widen targets or ignore less")

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, flo
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError
 from llm_fp4.models import FloatModel, InMemory, Structure, open_model, weight_shapes
+from llm_fp4.nn import QuantEmbedding
 from llm_fp4.pipeline import Job, shared_heads
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
@@ -57,7 +59,11 @@ def quantize(
     opened = source if isinstance(source, FloatModel) else open_model(str(source))
     structure = checked_structure(opened.model, recipe)
     progress(STAGE, 1, 1)
-    fingerprint = {"source": _fingerprint(opened), "recipe": dump_recipe(recipe), "device": target.type}
+    fingerprint = {
+        "source": _fingerprint(opened), "recipe": dump_recipe(recipe), "device": target.type,
+        "calibration data": _data_digest(recipe, tokens), "version of torch or llm-fp4": f"{torch.__version__} {_version()}",
+        "number of threads": torch.get_num_threads(),
+    }  # fmt: skip
     store = RunStore(work, fingerprint, len(structure.blocks) + 2)
     with _keeping_what_is_finished(store):
         _fill(store, opened, structure, recipe, tokens, out, target, progress)
@@ -115,12 +121,22 @@ def quantize_module(
     if not prepared:
         raise CalibrationError("no calibration batches were given; pass an iterable of at least one model input")
     device = next(model.parameters()).device
-    dtype, training = next(model.parameters()).dtype, model.training
+    dtypes, training = {n: t.dtype for n, t in _all_tensors(model)}, model.training
     model.float().eval()
-    with tempfile.TemporaryDirectory() as folder:
+    with float32_everywhere(model, device), tempfile.TemporaryDirectory() as folder:
         store = RunStore(Path(folder), {}, len(structure.blocks) + 2)
         Job(model, structure, InMemory(model), recipe, prepared, store, device, progress, keep=True).run()
-    return model.to(dtype).train(training)
+    for name, tensor in _all_tensors(model):  # what was not quantized gets its own dtype back
+        if dtypes.get(name, tensor.dtype) != tensor.dtype:
+            tensor.data = tensor.data.to(dtypes[name])
+    for name in structure.embeddings:
+        if isinstance(table := model.get_submodule(name), QuantEmbedding):
+            table._dtype = table._dtype.to(dtypes[f"{name}.weight"])
+    return model.train(training)
+
+
+def _all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _fingerprint(opened: FloatModel) -> str:
@@ -135,6 +151,21 @@ def _fingerprint(opened: FloatModel) -> str:
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
+
+
+def _data_digest(recipe: Recipe, tokens: Tensor | None) -> str:
+    """Return what tells one set of calibration data from another: the tokens given, or the file's size and time."""
+    if tokens is not None:
+        return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+    file = Path(recipe.calibration.source)
+    return f"{file.stat().st_size} {file.stat().st_mtime_ns}" if file.is_file() else recipe.calibration.source
+
+
+def _version() -> str:
+    try:
+        return version("llm-fp4")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "source"
 
 
 def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:

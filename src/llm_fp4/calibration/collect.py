@@ -57,6 +57,8 @@ def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """
     if mask is not None and x.shape[:-1] == mask.shape:
         return x[mask.bool()]
+    if mask is not None and x.dim() == 2 and len(x) == mask.numel():  # tokens flattened before, as expert layers do
+        return x[mask.flatten().bool()]
     return x.reshape(-1, x.shape[-1])
 
 

@@ -33,6 +33,7 @@ class ModuleEntry:
         kind: "linear" or "embedding".
         shape: (out, in) of a linear, (rows, columns) of an embedding.
         input: None where the input stays float.
+        multiplier: what an embedding's rows are multiplied by (Gemma).
         tied_to: the embedding whose packed weight this linear reads; it then stores none of its own.
     """
 
@@ -41,11 +42,13 @@ class ModuleEntry:
     shape: tuple[int, int]
     input: InputSpec | None = None
     tied_to: str | None = None
+    multiplier: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"kind": self.kind, "weight": self.format.name, "shape": list(self.shape)}
         if self.input is not None:
             out["input"] = self.input.to_json()
+        out |= {"multiplier": self.multiplier} if self.multiplier != 1.0 else {}
         return out | ({"tied_to": self.tied_to} if self.tied_to else {})
 
     @classmethod
@@ -56,13 +59,15 @@ class ModuleEntry:
             CheckpointError: a field is missing, unknown or impossible.
         """
         try:
-            if unknown := sorted(set(data) - {"kind", "weight", "shape", "input", "tied_to"}):
+            if unknown := sorted(set(data) - {"kind", "weight", "shape", "input", "tied_to", "multiplier"}):
                 raise CheckpointError(f"unknown fields {unknown}")
             rows, columns = (int(n) for n in data["shape"])
             if data["kind"] not in ("linear", "embedding") or rows < 1 or columns < 1:
                 raise CheckpointError(f"kind {data['kind']!r} with shape {data['shape']}")
             spec = InputSpec.from_json(data["input"]) if data.get("input") else None
-            return cls(data["kind"], parse(data["weight"]), (rows, columns), spec, data.get("tied_to"))
+            return cls(
+                data["kind"], parse(data["weight"]), (rows, columns), spec, data.get("tied_to"), float(data.get("multiplier", 1.0))
+            )
         except (KeyError, TypeError, ValueError, AttributeError, LlmFp4Error) as error:
             raise CheckpointError(
                 f"the manifest entry of {name} cannot be read ({error}); the checkpoint is damaged or needs a newer llm-fp4"
@@ -127,7 +132,9 @@ def manifest_of_plans(plans: list[dict[str, Any]], shapes: dict[str, tuple[int, 
             if site is not None:
                 known = {"format", "granularity", "max_shift", "smooth"}
                 spec = InputSpec.from_json({k: v for k, v in site.items() if k in known})
-            entry = ModuleEntry(weight["kind"], parse(weight["format"]), shapes[name], spec, weight.get("tied_to"))
+            entry = ModuleEntry(
+                weight["kind"], parse(weight["format"]), shapes[name], spec, weight.get("tied_to"), weight.get("multiplier", 1.0)
+            )
             out[name] = entry.to_json()
     return out
 

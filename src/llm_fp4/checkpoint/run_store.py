@@ -58,6 +58,7 @@ class RunStore:
             raise output_error(error, folder) from None
         write_json(identity, fingerprint)
         self.done: int = finished
+        self.tuples: bool = bool(finished and _json(progress).get("tuples", False))  # whether blocks return tuples
 
     @property
     def scratch(self) -> Path:
@@ -86,7 +87,7 @@ class RunStore:
         if self._shards:
             write_tensors(self.checkpoint / self.shard_name(unit), tensors)
         write_json(self.state / f"plan-{unit:05d}.json", plan)
-        write_json(self.state / "progress.json", {"done": unit + 1})
+        write_json(self.state / "progress.json", {"done": unit + 1, "tuples": self.tuples})
         self.done = unit + 1
         shutil.rmtree(self._inputs(unit), ignore_errors=True)
         shutil.rmtree(self.scratch, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.errors import SourceError
+from llm_fp4.errors import SourceError, UnsupportedError
 from llm_fp4.models.structure import set_module
 
 Batch = dict[str, Any]
@@ -21,6 +21,21 @@ Batch = dict[str, Any]
 
 class _Stop(Exception):
     pass
+
+
+def _hidden_name(kwargs: dict[str, Any]) -> str:
+    """Return the keyword under which a block called without positional arguments gets its hidden states."""
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return name
+    raise UnsupportedError("a block is called without any float tensor, so its input cannot be found")
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs[_hidden_name(kwargs)]
+    return hidden
 
 
 class _Stub(nn.Module):
@@ -40,12 +55,21 @@ class _Stub(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         runner: BlockRunner = self._runner
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = _hidden(args, kwargs)
+        if self.index in runner.visited:
+            raise UnsupportedError(f"{runner.blocks[self.index]} runs more than once in a forward pass, which is not implemented")
+        runner.visited.add(self.index)
+        if runner.passed is not None and hidden is not runner.passed and not torch.equal(hidden, runner.passed):
+            raise UnsupportedError(
+                f"the model changes the hidden states between blocks, before {runner.blocks[self.index]}, which is not implemented; "
+                "make it part of a block"
+            )
         if self.index == runner.stop:
             runner.call = (args, kwargs)
             raise _Stop
         if self.index == runner.last and runner.hidden is not None:
             hidden = runner.hidden
+        runner.passed = hidden if self.index < runner.last else None
         return (hidden,) if runner.tuples else hidden
 
 
@@ -64,9 +88,12 @@ class BlockRunner:
         self.hidden: Tensor | None = None
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.tuples = False
+        self.passed: Tensor | None = None  # what the stub before handed on
+        self.visited: set[int] = set()
 
     @contextmanager
     def _stubs(self) -> Iterator[None]:
+        self.passed, self.visited = None, set()
         real = {name: self.model.get_submodule(name) for name in self.blocks}
         try:
             for i, name in enumerate(self.blocks):
@@ -92,8 +119,7 @@ class BlockRunner:
     def first_hidden(self, batch: Batch) -> Tensor:
         """Return the (batch, tokens, channels) input of the first block."""
         args, kwargs = self.arguments(0, batch)
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        return hidden
+        return _hidden(args, kwargs)
 
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:
@@ -102,7 +128,7 @@ class BlockRunner:
         if args:
             args = (hidden, *args[1:])
         else:
-            kwargs = {**kwargs, "hidden_states": hidden}
+            kwargs = {**kwargs, _hidden_name(kwargs): hidden}
         out = block(*args, **kwargs)
         self.tuples = isinstance(out, tuple)
         result: Tensor = out[0] if isinstance(out, tuple) else out

@@ -62,11 +62,9 @@ def open_model(origin: str) -> FloatModel:
     files = TensorFiles(path)
     check_sizes(config.to_dict(), files.shapes.values(), path / "config.json")
     model = _empty_model(model_class, config, path)
-    renames = (
-        {k: v for k, v in (getattr(model, "_tied_weights_keys", None) or {}).items() if k not in files.where}
-        if isinstance(getattr(model, "_tied_weights_keys", None), dict)
-        else {}
-    )
+    declared = getattr(model, "_tied_weights_keys", None)
+    tied = declared if isinstance(declared, dict) and config.get_text_config().tie_word_embeddings else {}
+    renames = {k: v for k, v in tied.items() if k not in files.where}
     missing = [n for n, _ in model.named_parameters(remove_duplicate=False) if renames.get(n, n) not in files.where]
     if missing:  # the checkpoint's names differ from the model's: transformers converts them while loading everything
         model, source = _load_whole(model_class, path)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_fp4.errors import SourceError
+from llm_fp4.nn import PackedModule
 from llm_fp4.storage import TensorFiles
 
 Wanted = Callable[[str], bool]
@@ -83,7 +84,8 @@ class LazyFiles:
         """
         module = model.get_submodule(name)
         for full, owner, child, tensor in list(_tensors(module, name)):
-            if tensor.is_meta and wanted(full):
+            stored = child in owner._buffers and tensor.is_floating_point() and self._renames.get(full, full) in self.files.where
+            if (tensor.is_meta or stored) and wanted(full) and not isinstance(owner, PackedModule):
                 value = self._read(full, tuple(tensor.shape)).to(device, torch.float32)
                 if child in owner._parameters:
                     owner._parameters[child] = nn.Parameter(value, requires_grad=False)
@@ -97,8 +99,12 @@ class LazyFiles:
         return value
 
     def release(self, model: nn.Module, name: str) -> None:
-        """Send all tensors of ``name`` to the meta device."""
-        model.get_submodule(name).to("meta")
+        """Send what :meth:`load` can bring back to the meta device; buffers that no file holds stay."""
+        for _, owner, child, tensor in list(_tensors(model.get_submodule(name), name)):
+            if child in owner._parameters:
+                owner._parameters[child] = nn.Parameter(tensor.to("meta"), requires_grad=False)
+            elif isinstance(owner, PackedModule):
+                owner._buffers[child] = tensor.to("meta")
 
     def dtype(self, name: str) -> torch.dtype:
         return self.files.dtype(self._renames.get(name, name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -17,6 +17,7 @@ class Structure:
         outer_linears: names of linears outside every block (the output head).
         embeddings: names of token embeddings outside every block.
         tied: outer linear → the embedding whose weight it shares.
+        others: modules inside blocks that own a weight matrix but are no linear (Conv1D, fused experts, routers).
     """
 
     blocks: list[str]
@@ -24,6 +25,7 @@ class Structure:
     outer_linears: list[str]
     embeddings: list[str]
     tied: dict[str, str]
+    others: list[str] = field(default_factory=list)
 
     def names(self) -> list[str]:
         """Return the name of every module a recipe can target."""
@@ -31,16 +33,14 @@ class Structure:
 
 
 def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the outermost module lists whose members are alike and hold linears, by name, in order."""
+    """Return the outermost module lists whose members are alike and hold weight matrices, by name, in order."""
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in stacks)
         if not isinstance(module, nn.ModuleList) or inside or len(module) == 0:
             continue
         alike = len({type(m) for m in module}) == 1
-        if alike and all(
-            any(isinstance(m, nn.Linear) for m in block.modules()) and not isinstance(block, nn.Linear) for block in module
-        ):
+        if alike and all(_is_block(block) for block in module):
             stacks[name] = module
     return stacks
 
@@ -51,13 +51,34 @@ def find_structure(model: nn.Module) -> Structure:
     linears: dict[str, list[str]] = {b: [] for b in blocks}
     outer: list[str] = []
     embeddings: list[str] = []
+    others: list[str] = []
     for name, module in model.named_modules():
         owner = next((b for b in blocks if name.startswith(f"{b}.")), None)
         if isinstance(module, nn.Linear):
             (linears[owner] if owner else outer).append(name)
-        elif isinstance(module, nn.Embedding) and owner is None:
-            embeddings.append(name)
-    return Structure(blocks, linears, outer, embeddings, _tied(model, outer, embeddings))
+        elif isinstance(module, nn.Embedding):
+            if owner is None and _is_table(module):
+                embeddings.append(name)
+        elif owner and any(p is not None and p.dim() > 1 for p in module._parameters.values()):
+            others.append(name)
+    return Structure(blocks, linears, outer, embeddings, _tied(model, outer, embeddings), others)
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Return whether ``module`` is made of others that hold weight matrices."""
+    inner = (p for m in module.modules() if m is not module for p in m._parameters.values())
+    return any(p is not None and p.dim() > 1 for p in inner)
+
+
+def _is_table(module: nn.Embedding) -> bool:
+    """Return whether ``module`` looks rows up by their ids, at most times a constant: not a position table with rules of its own."""
+    return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+
+
+def embedding_multiplier(module: nn.Module) -> float:
+    """Return the constant that an embedding's rows are multiplied by."""
+    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
+    return float(scale)
 
 
 def _tied(model: nn.Module, outer: list[str], embeddings: list[str]) -> dict[str, str]:

@@ -11,11 +11,13 @@ from llm_fp4.numerics import FloatFormat
 from llm_fp4.plan import InputSpec
 
 
-def replace_module(model: nn.Module, name: str, fmt: FloatFormat, spec: InputSpec | None, shape: tuple[int, int]) -> None:
+def replace_module(
+    model: nn.Module, name: str, fmt: FloatFormat, spec: InputSpec | None, shape: tuple[int, int], multiplier: float = 1.0
+) -> None:
     """Put an empty quantized module in the place of the float module ``name``, on its device and in its dtype.
 
     Args:
-        shape: (rows, columns) that the checkpoint states.
+        shape: (rows, columns) that the checkpoint states. multiplier: of an embedding's rows.
     Raises:
         CheckpointError: the model has no such linear or embedding, or one of another shape.
     """
@@ -39,7 +41,7 @@ def replace_module(model: nn.Module, name: str, fmt: FloatFormat, spec: InputSpe
     if isinstance(old, nn.Linear):
         new = QuantLinear(shape[1], shape[0], fmt, spec, old.bias is not None, device, dtype)
     else:
-        new = QuantEmbedding(*shape, fmt, device, dtype, float(getattr(old, "embed_scale", 1.0)))
+        new = QuantEmbedding(*shape, fmt, device, dtype, multiplier)
     parent._modules[child] = new
 
 

@@ -23,7 +23,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     damped = hessian.double().clone()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = diagonal.mean().clamp_min(1e-12)  # dead channels
-    diagonal += damping * diagonal.mean()
+    diagonal += damping * diagonal.mean().clamp_min(1e-12)
     lower = torch.linalg.cholesky(damped)
     inverse = torch.cholesky_inverse(lower)
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
@@ -44,7 +44,7 @@ def compensate(weight: Tensor, gram: Gram, scale: Tensor, fmt: FloatFormat, damp
     work = weight.clone()
     if gram.eq is not None:
         damped = gram.qq.double().clone()
-        damped.diagonal().add_(damping * damped.diagonal().mean())
+        damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(1e-12))
         work += torch.linalg.solve(damped, (weight @ gram.eq).double().t()).t().float()
     work = work[:, order]
     factor = inverse_factor(hessian, damping)

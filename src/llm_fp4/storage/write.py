@@ -64,5 +64,11 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file, whole or not at all."""
+    whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        stored = tensor.detach().cpu().contiguous()
+        whole[name] = stored.clone() if stored.untyped_storage().data_ptr() in seen else stored  # the format wants no sharing
+        seen.add(stored.untyped_storage().data_ptr())
     with writing(path) as temporary:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        save_file(whole, temporary, metadata={"format": "pt"})
