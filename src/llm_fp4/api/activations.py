@@ -122,7 +122,7 @@ def _summary(statistics: SiteStatistics, operands: list[str]) -> SiteActivations
     rows = statistics.tokens.rows
     channels = rows.shape[1]
     count, total, square = (torch.zeros(channels, dtype=torch.float64) for _ in range(3))
-    for part, _ in statistics.chunks():
+    for part in statistics.chunks():
         magnitude = part.abs().double().cpu()
         seen = magnitude > 0
         logs = torch.where(seen, magnitude.clamp_min(1e-300).log2(), torch.zeros_like(magnitude))
