@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from llm_fp4.plan import LIMB, TWO_LIMBS
 _FEW_BYTES = 1 << 15  # of codes times rows: less is done sooner by one thread than shared
 
 
-@lru_cache(maxsize=None)
+@cache
 def _max_level(exponent_bits: int, mantissa_bits: int, signed: bool) -> int:
     return FloatFormat(exponent_bits, mantissa_bits, signed).max_level
 
