@@ -45,7 +45,9 @@ void float_linear(const Kernels& k, const Weight& w, const float* x, int64_t tok
     const int64_t outs = std::min(kOutsOfAnItem, std::max<int64_t>(8, w.out / (8 * threads) / 8 * 8));
     parallel_for(threads, w.out, outs, [&](int64_t begin, int64_t end) {
       for (int64_t group = 0; group < some; group += kFloatRows) {
-        const int64_t count = std::min(kFloatRows, some - group), bytes_at_once = kCachedBytes / count / 64 * 64;
+        const int64_t count = std::min(kFloatRows, some - group);
+        const int64_t parts = 1 + w.row_bytes * count / kCachedBytes;
+        const int64_t bytes_at_once = (w.row_bytes / parts + 64) / 64 * 64;
         float sums[kFloatRows * kOutsOfAnItem] = {};
         for (int64_t at = 0; at < w.row_bytes; at += bytes_at_once) {
           const int64_t bytes = std::min(bytes_at_once, w.row_bytes - at);

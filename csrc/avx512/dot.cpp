@@ -7,7 +7,7 @@ namespace llm_fp4 {
 namespace avx512 {
 namespace {
 
-constexpr int64_t kAhead = 8192;  // bytes of codes
+constexpr int64_t kAhead = 8192;  // bytes of codes between what is multiplied and what is fetched meanwhile
 
 template <int kRows, int kOuts, int kBits>
 struct Tile {
@@ -15,7 +15,6 @@ struct Tile {
   __m512i sum[kOuts][kRows][1 + kOdd];
   const uint8_t* codes[kOuts];
   const int8_t* rows;
-  const uint8_t* next;  // what to fetch meanwhile
   int64_t stride;
 
   // one run of 64 bytes of codes at `at`, the columns they stand for at `column`
@@ -23,7 +22,7 @@ struct Tile {
   inline __attribute__((always_inline)) void step(const Codes& expand, int64_t at, int64_t column, __mmask64 mask) {
 #pragma GCC unroll 8
     for (int o = 0; o < kOuts; ++o) {
-      _mm_prefetch(reinterpret_cast<const char*>(next + at * kOuts + o * 64), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes[0] + kAhead + at * kOuts + o * 64), _MM_HINT_T0);
       const __m512i packed = kTail ? _mm512_maskz_loadu_epi8(mask, codes[o] + at) : _mm512_loadu_si512(codes[o] + at);
       if (kBits == 4) {
         __m512i even, odd;
@@ -50,7 +49,6 @@ void dot_tile(const Weight& w, const Rows& x, int64_t first, int32_t* sums, int6
   Tile<kRows, kOuts, kBits> tile;
   tile.rows = x.data;
   tile.stride = x.stride;
-  tile.next = w.codes + first * w.row_bytes + (kOuts == 1 ? kAhead : kOuts * w.row_bytes);
 #pragma GCC unroll 8
   for (int o = 0; o < kOuts; ++o) {
     tile.codes[o] = w.codes + (first + o) * w.row_bytes;

@@ -8,7 +8,7 @@ namespace llm_fp4 {
 namespace avx512 {
 namespace {
 
-constexpr int64_t kAhead = 8192;  // bytes of codes
+constexpr int64_t kAhead = 8192;  // bytes of codes between what is multiplied and what is fetched meanwhile
 
 template <int kRows, int kOuts>
 struct Tile {
@@ -48,12 +48,13 @@ void dot_tile(const Weight& w, const FloatRows& x, int64_t out, int64_t first_by
   }
   const uint8_t* codes = w.codes + out * w.row_bytes + first_byte;
   const float* rows = x.data + first_byte * 2 * kRows;
+  const int64_t ahead = (1 + kAhead / (bytes * kOuts + 1)) * kOuts;  // outputs whose codes are fetched meanwhile
   for (int64_t at = 0; at < bytes; at += 64) {
     __m512i packed[kOuts];
 #pragma GCC unroll 4
     for (int o = 0; o < kOuts; ++o) {
       packed[o] = _mm512_maskz_loadu_epi8(first_bytes(bytes - at), codes + o * w.row_bytes + at);
-      _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead + at * kOuts + o * 64), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes + (o + ahead) * w.row_bytes + at), _MM_HINT_T0);
     }
     tile.step(table, packed, rows + at * 2 * kRows);
   }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,11 @@ from llm_fp4.numerics.packing import packed_width
 from llm_fp4.plan import LIMB, TWO_LIMBS
 
 _FEW_BYTES = 1 << 15  # of codes times rows: less is done sooner by one thread than shared
+
+
+@cache
+def _max_level(exponent_bits: int, mantissa_bits: int, signed: bool) -> int:
+    return FloatFormat(exponent_bits, mantissa_bits, signed).max_level
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -39,8 +46,7 @@ def quantize_input(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what :func:`llm_fp4.kernels.ops.quantize_input` does, bit for bit."""
     library = selected()
-    fmt = FloatFormat(exponent_bits, mantissa_bits, signed)
-    top = fmt.max_level << max_shift
+    top = _max_level(exponent_bits, mantissa_bits, signed) << max_shift
     covered = (
         top <= TWO_LIMBS and _ready(scale, torch.float32, 1)
         and _ready(shift, torch.uint8, x.shape[1]) and _ready(smooth, torch.float32, x.shape[1])
