@@ -27,6 +27,7 @@ from llm_fp4.statistics import SiteStatistics
 from llm_fp4.storage import write_tensors
 
 Runs = list[tuple[Callable[[], object], Tensor | None]]
+Decided = tuple[dict[str, Tensor], dict[str, nn.Module], SiteResult]  # weights, modules and plan of a site
 
 
 class _ZeroEmbedding(nn.Module):
@@ -141,8 +142,13 @@ class Job:
         if not self.sequential:
             for i in range(len(self.batches)):
                 self.store.save_input(unit + 1, i, run(i))
+        decided = []
         for group in self._sites(shared_inputs(selected, lambda: run(0)), selected):
-            self._site(group, selected, self._runs(run), plans)
+            decided.append(self._site(group, selected, self._runs(run), plans))
+            if self.sequential:  # otherwise every site of the block reads what it reads in the float model
+                self._replace(*decided.pop())
+        for site in decided:
+            self._replace(*site)
         if self.sequential:
             for i in range(len(self.batches)):
                 self.store.save_input(unit + 1, i, run(i))
@@ -164,7 +170,7 @@ class Job:
             return self.runner.tail(self.batches[i], self.store.input(unit, i).to(self.device))
 
         for group in self._sites(shared_inputs(selected, lambda: run(0)), selected, head=True):
-            self._site(group, selected, self._runs(run), plans, head=True)
+            self._replace(*self._site(group, selected, self._runs(run), plans, head=True))
         tensors = self._tensors(self.model, "")
         apart = (*self.structure.blocks, *self.structure.embeddings)
         shared = {f"{h}.{t}" for h in self.shared_head for t in ("weight_packed", "weight_scale")}
@@ -203,7 +209,7 @@ class Job:
 
     def _site(
         self, group: list[str], selected: dict[str, nn.Module], runs: Runs, plans: dict[str, Any], head: bool = False
-    ) -> None:
+    ) -> Decided:
         name = group[0]
         weights = {n: cast(Tensor, selected[n].weight).detach().float() for n in group}
         for n, w in weights.items():
@@ -214,12 +220,12 @@ class Job:
         statistics = SiteStatistics(name, stores[name], self.device, self.recipe.seed ^ zlib.crc32(name.encode()))
         result = search_site(name, weights, statistics, rules, self.recipe, fixed)
         stores[name].delete()
-        self._replace(weights, selected, result)
         plans["weights"] |= {n: {"kind": "linear", **p.to_json()} for n, p in result.weights.items()}
         for n in fixed:
             plans["weights"][n]["tied_to"] = self.shared_head[n]
         if result.input is not None:
             plans["inputs"][name] = result.input.to_json()
+        return weights, selected, result
 
     def _replace(self, weights: dict[str, Tensor], selected: dict[str, nn.Module], result: SiteResult) -> None:
         plan = result.input
