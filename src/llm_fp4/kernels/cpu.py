@@ -52,11 +52,11 @@ def quantize_input(
         and _ready(shift, torch.uint8, x.shape[1]) and _ready(smooth, torch.float32, x.shape[1])
     )  # fmt: skip
     if library is None or not covered:
-        return ops.quantize_input._init_fn(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token)  # type: ignore[no-any-return]
+        return ops.quantize_input_reference(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token)
     tokens, width = x.shape
     x = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
     levels = torch.empty((tokens, width), dtype=torch.int8 if top <= LIMB else torch.int16)
-    step = torch.empty((tokens if per_token else 1, 1), dtype=torch.float32)
+    step = torch.empty((tokens, 1), dtype=torch.float32)
     _check(
         library.llm_fp4_quantize_input(
             x.data_ptr(), x.dtype == torch.bfloat16, tokens, width, scale.data_ptr(), _address(shift), _address(smooth),
@@ -83,7 +83,7 @@ def int_linear(
         and _ready(weight_scale, torch.float32, out) and _ready(bias, torch.float32, out)
     )  # fmt: skip
     if library is None or not covered:
-        return ops.int_linear._init_fn(levels, step, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)  # type: ignore[no-any-return]
+        return ops.int_linear_reference(levels, step, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)
     levels = levels.contiguous()
     y = torch.empty((tokens, out), dtype=torch.float32)
     _check(
@@ -110,7 +110,7 @@ def float_linear(
         and _ready(weight_scale, torch.float32, out) and _ready(bias, torch.float32, out)
     )  # fmt: skip
     if library is None or not covered:
-        return ops.float_linear._init_fn(x, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)  # type: ignore[no-any-return]
+        return ops.float_linear_reference(x, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)
     x = x.float().contiguous()
     y = torch.empty((tokens, out), dtype=torch.float32)
     _check(
