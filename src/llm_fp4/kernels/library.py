@@ -6,7 +6,7 @@ import ctypes
 import importlib.util
 import logging
 import os
-from ctypes import c_char_p, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import lru_cache
 
 from llm_fp4.errors import UnsupportedError
@@ -20,6 +20,12 @@ _ARGUMENTS: dict[str, list[type]] = {
         c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
         c_int, c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_int,
     ],
+    "llm_fp4_norm_quantize_input": [
+        c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_double, c_int, c_void_p, c_void_p, c_void_p,
+        c_int, c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_int,
+    ],
+    "llm_fp4_site_linear": [c_void_p, c_void_p, c_void_p, c_void_p, c_int],
+    "llm_fp4_run_blocks": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int],
     "llm_fp4_int_linear": [
         c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int,
     ],
