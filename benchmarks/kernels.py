@@ -13,7 +13,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -106,9 +106,11 @@ def read_bandwidth() -> Run:
     return lambda i: data.sum()
 
 
-def measure(width: int, out: int, rows: int, cold: bool, rounds: int, names: list[str]) -> list[dict[str, Any]]:
+def measure(
+    width: int, out: int, rows: int, cold: bool, rounds: int, names: list[str], of: Sequence[Contender] = CONTENDERS
+) -> list[dict[str, Any]]:
     """Return one record a contender: milliseconds, ratio to the faster baseline, and what it read in a second."""
-    contenders = [c for c in CONTENDERS if c.baseline or not names or any(n in c.name for n in names)]
+    contenders = [c for c in of if c.baseline or not names or any(n in c.name for n in names)]
     counts = [1 + COLD_BYTES // c.bytes_of(width, out) if cold else 1 for c in contenders]
     runs = [c.prepare(width, out, rows, count) for c, count in zip(contenders, counts, strict=True)]
     read = read_bandwidth() if cold else None
