@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm_fp4.calibration import collect, shared_inputs
-from llm_fp4.checkpoint import RunStore
+from llm_fp4.checkpoint import STORED, RunStore
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, set_module, weight_shapes
 from llm_fp4.nn import QuantEmbedding, QuantLinear
@@ -46,7 +46,8 @@ def shared_heads(structure: Structure, recipe: Recipe) -> dict[str, str]:
     shared = {}
     for head, embedding in structure.tied.items():
         formats = recipe.embedding_formats() if recipe.selects(head) and recipe.selects(embedding) else ()
-        if formats and recipe.rule(head, head=True).weight_formats == formats:
+        rule = recipe.rule(head, head=True) if formats else None
+        if rule and rule.weight_formats == formats and rule.weight_blocks is None:  # embeddings have a scale a row
             shared[head] = embedding
     return shared
 
@@ -204,7 +205,7 @@ class Job:
                     raise RecipeError(
                         f"{n} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it"
                     )
-                out.setdefault((i, (rule.input_formats, rule.granularity, rule.shift)), []).append(n)
+                out.setdefault((i, rule.site), []).append(n)
         return list(out.values())
 
     def _site(
@@ -231,7 +232,9 @@ class Job:
         plan = result.input
         for n, w in weights.items():
             source = result.rounded.get(n, w if plan is None or plan.smooth is None else w * plan.smooth)
-            quantized = quantize_tensor(source, result.weights[n].scale.to(w.device), result.weights[n].format, PerRow(), n)
+            chosen = result.weights[n]
+            scale = chosen.scale.to(w.device)
+            quantized = quantize_tensor(source, scale, chosen.format, chosen.granularity, n, chosen.second_scale)
             bias = getattr(selected[n], "bias", None)
             set_module(self.model, n, QuantLinear.from_plan(quantized, plan, bias))
 
@@ -325,6 +328,5 @@ class Job:
         prefix = f"{name}." if name else ""
         out = {}
         for key, tensor in module.state_dict(prefix=prefix).items():
-            packed = key.rpartition(".")[2] in ("weight_packed", "weight_scale", "input_scale", "input_shift", "input_smooth")
-            out[key] = tensor if packed else tensor.to(self.source.dtype(key))
+            out[key] = tensor if key.rpartition(".")[2] in STORED else tensor.to(self.source.dtype(key))
         return out

@@ -37,7 +37,8 @@ def compensate(weight: Tensor, gram: Gram, scale: Tensor, fmt: FloatFormat, damp
     (``W + W E'Q (Q'Q)^-1``), so that the input's error is compensated too.
 
     Args:
-        weight: (out, in) float32. scale: (out,) float32. damping: share of the mean diagonal added to the Hessian.
+        weight: (out, in) float32. scale: (out,) float32, or the steps (out, in) of block scales, which stay with their columns.
+        damping: share of the mean diagonal added to the Hessian.
     """
     order = gram.qq.diagonal().argsort(descending=True, stable=True)
     hessian = gram.qq[order][:, order]
@@ -48,7 +49,7 @@ def compensate(weight: Tensor, gram: Gram, scale: Tensor, fmt: FloatFormat, damp
         work += torch.linalg.solve(damped, (weight @ gram.eq).double().t()).t().float()
     work = work[:, order]
     factor = inverse_factor(hessian, damping)
-    step = scale.unsqueeze(1)
+    step = scale[:, order] if scale.dim() == 2 else scale.unsqueeze(1).expand_as(work)
     out = torch.empty_like(work)
     for start in range(0, work.shape[1], _BLOCK):
         stop = min(start + _BLOCK, work.shape[1])
@@ -56,7 +57,7 @@ def compensate(weight: Tensor, gram: Gram, scale: Tensor, fmt: FloatFormat, damp
         errors = torch.empty_like(block)
         for i in range(stop - start):
             column = block[:, i : i + 1]
-            rounded = fake_quantize(column, step, fmt)
+            rounded = fake_quantize(column, step[:, start + i : start + i + 1], fmt)
             out[:, start + i : start + i + 1] = rounded
             error = (column - rounded) / local[i, i]
             errors[:, i : i + 1] = error
@@ -86,7 +87,7 @@ def compensate_site(
             by_format.setdefault(result.weights[n].format, []).append(n)
     for fmt, names in by_format.items():  # one pass over the columns for all operands of a format
         stacked = torch.cat([weights[n] for n in names])
-        scale = torch.cat([result.weights[n].scale for n in names])
+        scale = torch.cat([result.weights[n].step(stacked.shape[1]).expand_as(weights[n]) for n in names])
         values = compensate(stacked, gram, scale, fmt, damping)
         start = 0
         for n in names:
@@ -97,7 +98,7 @@ def compensate_site(
 
 def _better_rows(weight: Tensor, compensated: Tensor, plan: WeightPlan, gram: Gram) -> Tensor:
     """Return the compensated rows, or the nearest levels for rows where these do less harm; update the plan's error."""
-    nearest = fake_quantize(weight, plan.scale.unsqueeze(1), plan.format)
+    nearest = fake_quantize(weight, plan.step(weight.shape[1]), plan.format)
     crossed = None if gram.eq is None else weight @ gram.eq
     before, after = (weight_loss(weight, v, gram.qq, crossed) for v in (nearest, compensated))
     if plan.error is not None:
