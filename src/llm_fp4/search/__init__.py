@@ -32,10 +32,7 @@ def search_site(
     statistics.check()
     rule = next(iter(rules.values()))
     if rule.weight_blocks is not None and rule.weight_formats:
-        result = search_blocks(name, weights, statistics, rules, recipe)
-        if recipe.method != "minmax" and recipe.search.compensation == "gptq":
-            compensate_site(weights, statistics, result, recipe.search.damping, fixed)
-        return result
+        return search_blocks(name, weights, statistics, rules, recipe)
     ratio = sink_ratio(statistics.token_absmax()) if rule.input_formats else None
     per_token, reason = rule.granularity == "per_token", ""
     if ratio is not None and not per_token and recipe.inputs.sinks == "per_token" and ratio > recipe.inputs.sink_ratio:
@@ -47,7 +44,7 @@ def search_site(
     else:
         result = descend(name, weights, statistics, rules, recipe.search, per_token=per_token, fixed=fixed)
         if recipe.search.compensation == "gptq":
-            compensate_site(weights, statistics, result, recipe.search.damping, fixed)
+            compensate_site(weights, statistics, result, recipe.search, fixed)
     result.rounded |= {n: f.values for n, f in (fixed or {}).items()}
     if result.input is not None:
         result.input.sink_ratio, result.input.reason = ratio, reason
