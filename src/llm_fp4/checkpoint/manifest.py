@@ -70,7 +70,9 @@ class ModuleEntry:
                 raise CheckpointError(f"kind {data['kind']!r} with shape {data['shape']}")
             spec = InputSpec.from_json(data["input"]) if data.get("input") else None
             blocks = parse_granularity(data["granularity"]) if "granularity" in data else None
-            if blocks is not None and (not isinstance(blocks, PerBlock) or blocks.scale_dtype == "float32" or data["kind"] != "linear"):
+            if blocks is not None and (
+                not isinstance(blocks, PerBlock) or blocks.scale_dtype == "float32" or data["kind"] != "linear"
+            ):
                 raise CheckpointError(f"granularity {data['granularity']!r} of the weight of a {data['kind']}")
             multiplier = float(data.get("multiplier", 1.0))
             return cls(data["kind"], parse(data["weight"]), (rows, columns), spec, data.get("tied_to"), multiplier, blocks)
@@ -147,7 +149,13 @@ def manifest_of_plans(plans: list[dict[str, Any]], shapes: dict[str, tuple[int, 
             blocks = parse_granularity(weight["granularity"]) if "granularity" in weight else None
             assert blocks is None or isinstance(blocks, PerBlock)
             entry = ModuleEntry(
-                weight["kind"], parse(weight["format"]), shapes[name], spec, weight.get("tied_to"), weight.get("multiplier", 1.0), blocks
+                weight["kind"],
+                parse(weight["format"]),
+                shapes[name],
+                spec,
+                weight.get("tied_to"),
+                weight.get("multiplier", 1.0),
+                blocks,
             )
             out[name] = entry.to_json()
     return out

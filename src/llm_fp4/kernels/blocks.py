@@ -13,9 +13,7 @@ from llm_fp4.numerics import FloatFormat, PerBlock, block_step, decode, max_scal
 
 
 @torch.library.custom_op("llm_fp4::quantize_blocks", mutates_args=())
-def quantize_blocks(
-    x: Tensor, second: Tensor, block_size: int, scale_dtype: str, exponent_bits: int, mantissa_bits: int
-) -> Tensor:
+def quantize_blocks(x: Tensor, second: Tensor, block_size: int, scale_dtype: str, exponent_bits: int, mantissa_bits: int) -> Tensor:
     """Return (tokens, in) float32 ``x`` rounded under the scale that each block's largest magnitude asks for, at run time.
 
     Args:
@@ -41,23 +39,24 @@ def _(x, second, block_size, scale_dtype, exponent_bits, mantissa_bits):  # type
 @torch.library.custom_op("llm_fp4::block_linear", mutates_args=())
 def block_linear(
     x: Tensor, weight_packed: Tensor, weight_scale: Tensor, second: Tensor | None, bias: Tensor | None,
-    block_size: int, exponent_bits: int, mantissa_bits: int,
+    block_size: int, scale_dtype: str, exponent_bits: int, mantissa_bits: int,
 ) -> Tensor:  # fmt: skip
     """Return the (tokens, out) float32 of a float input and weights with block scales, decoded for this call only.
 
     Args:
         x: (tokens, in) float. weight_packed: (out, packed_width(in, bits)) uint8.
-        weight_scale: (out, ceil(in / block_size)) float8_e4m3fn, uint8 (E8M0) or float16.
+        weight_scale: (out, ceil(in / block_size)) uint8, the stored bytes of E4M3 or E8M0, or float16.
         second: () float32 over E4M3 scales, None for others. bias: (out,) float32 or None.
     """
     fmt = FloatFormat(exponent_bits, mantissa_bits)
     columns = x.shape[-1]
-    step = block_step(weight_scale, second, fmt).repeat_interleave(block_size, -1)[:, :columns]
+    stored = weight_scale.view(PerBlock(block_size, scale_dtype).torch_dtype)
+    step = block_step(stored, second, fmt).repeat_interleave(block_size, -1)[:, :columns]
     weight = decode(unpack(weight_packed, fmt.bits, columns), fmt).mul_(step)
     out = x.float() @ weight.t()
     return out if bias is None else out.add_(bias)
 
 
 @block_linear.register_fake
-def _(x, weight_packed, weight_scale, second, bias, block_size, exponent_bits, mantissa_bits):  # type: ignore[no-untyped-def]
+def _(x, weight_packed, weight_scale, second, bias, block_size, scale_dtype, exponent_bits, mantissa_bits):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], weight_packed.shape[0]), dtype=torch.float32)

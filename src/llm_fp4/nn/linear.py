@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llm_fp4.kernels import block_linear, float_linear, int_linear, integer_product, quantize_input
 from llm_fp4.kernels.simulate import fake_quantize_input
-from llm_fp4.numerics import FloatFormat, PerBlock, PerRow, QuantizedTensor, packed_width
+from llm_fp4.numerics import FloatFormat, PerBlock, PerRow, QuantizedTensor, packed_width, scale_bytes
 from llm_fp4.plan import InputPlan, InputSpec
 
 
@@ -122,8 +122,10 @@ class QuantLinear(PackedModule):
             if self.blocks is None:
                 out = float_linear(rows.float(), *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
             else:
-                second, size = self.weight_global_scale, self.blocks.block_size
-                out = block_linear(rows.float(), *weight, second, bias, size, fmt.exponent_bits, fmt.mantissa_bits)
+                out = block_linear(
+                    rows.float(), self.weight_packed, scale_bytes(self.weight_scale), self.weight_global_scale, bias,
+                    self.blocks.block_size, self.blocks.scale_dtype, fmt.exponent_bits, fmt.mantissa_bits,
+                )  # fmt: skip
         result: Tensor = out.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return result
 

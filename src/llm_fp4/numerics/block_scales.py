@@ -44,6 +44,11 @@ def scale_values(stored: Tensor) -> Tensor:
     return stored.float()
 
 
+def scale_bytes(stored: Tensor) -> Tensor:
+    """Return stored one-byte scales as uint8, which every operation of torch takes; float16 as it is."""
+    return stored.view(torch.uint8) if stored.dtype == torch.float8_e4m3fn else stored
+
+
 def block_step(stored: Tensor, second: Tensor | None, fmt: FloatFormat) -> Tensor:
     """Return the float32 step of every block: scale, times the second scale where there is one, times the standard step.
 

@@ -34,7 +34,9 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         if (self.second_scale is not None) != (isinstance(self.granularity, PerBlock) and self.granularity.two_level):
-            raise UnsupportedError(f"a second_scale belongs to block scales in e4m3 and nothing else, not to {self.granularity.name}")
+            raise UnsupportedError(
+                f"a second_scale belongs to block scales in e4m3 and nothing else, not to {self.granularity.name}"
+            )
         if tuple(self.packed.shape) != (self.shape[0], packed_width(self.shape[1], self.format.bits)):
             raise ValueError(f"packed is {tuple(self.packed.shape)}, which does not hold {self.shape} in {self.format}")
 

@@ -45,12 +45,16 @@ def search_scales(
 class _Blocks:
     """Rows of a weight cut into blocks, with the errors that each candidate scale leaves in them."""
 
-    def __init__(self, weight: Tensor, qq: Tensor, fmt: FloatFormat, blocks: PerBlock, start: Tensor, second: Tensor | None) -> None:
+    def __init__(
+        self, weight: Tensor, qq: Tensor, fmt: FloatFormat, blocks: PerBlock, start: Tensor, second: Tensor | None
+    ) -> None:
         """Args: weight (rows, in), qq (in, in), both padded to whole blocks; start (rows, blocks) stored scales."""
         size = blocks.block_size
         self._size, self._qq, self._format, self._weight = size, qq, fmt, weight
         self._offsets = list(_OFFSETS[blocks.scale_dtype])
-        self._steps = torch.stack([block_step(neighbour(start, o, blocks), second, fmt) for o in self._offsets])  # (c, rows, blocks)
+        self._steps = torch.stack(
+            [block_step(neighbour(start, o, blocks), second, fmt) for o in self._offsets]
+        )  # (c, rows, blocks)
         self._own = torch.stack([qq[i : i + size, i : i + size] for i in range(0, len(qq), size)])  # (blocks, size, size)
 
     def _errors(self, block: int) -> Tensor:

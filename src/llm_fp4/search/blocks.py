@@ -34,7 +34,9 @@ def search_blocks(
     """
     rule = next(iter(rules.values()))
     search = recipe.method != "minmax"
-    choice = choose_block_input(weights, statistics, rule, recipe.search.sample_tokens, search=search) if rule.input_formats else None
+    choice = (
+        choose_block_input(weights, statistics, rule, recipe.search.sample_tokens, search=search) if rule.input_formats else None
+    )
     gram = statistics.quantized_gram(choice.quantize if choice else None)
     blocks = rule.weight_blocks
     assert blocks is not None
