@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_fp4.calibration import shared_inputs
-from llm_fp4.checkpoint import RunStore
+from llm_fp4.checkpoint import STORED, RunStore
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, set_module, weight_shapes
 from llm_fp4.nn import QuantEmbedding
@@ -239,6 +239,5 @@ class Job:
         prefix = f"{name}." if name else ""
         out = {}
         for key, tensor in module.state_dict(prefix=prefix).items():
-            packed = key.rpartition(".")[2] in ("weight_packed", "weight_scale", "input_scale", "input_shift", "input_smooth")
-            out[key] = tensor if packed else tensor.to(self.source.dtype(key))
+            out[key] = tensor if key.rpartition(".")[2] in STORED else tensor.to(self.source.dtype(key))
         return out

@@ -14,7 +14,7 @@ from llm_fp4.calibration import collect
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.models import set_module
 from llm_fp4.nn import QuantLinear
-from llm_fp4.numerics import PerRow, quantize_tensor, require_finite
+from llm_fp4.numerics import quantize_tensor, require_finite
 from llm_fp4.pipeline.tied import Runs
 from llm_fp4.plan import FixedWeight, SiteResult
 from llm_fp4.recipe import Recipe
@@ -43,7 +43,7 @@ def split_sites(groups: list[list[str]], selected: Linears, recipe: Recipe, head
                 raise RecipeError(
                     f"{n} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it"
                 )
-            out.setdefault((i, (rule.input_formats, rule.granularity, rule.shift)), []).append(n)
+            out.setdefault((i, rule.site), []).append(n)
     return list(out.values())
 
 
@@ -85,6 +85,7 @@ def replace_site(model: nn.Module, site: Decided) -> None:
     plan = site.result.input
     for n, w in site.weights.items():
         source = site.result.rounded.get(n, w if plan is None or plan.smooth is None else w * plan.smooth)
-        quantized = quantize_tensor(source, site.result.weights[n].scale.to(w.device), site.result.weights[n].format, PerRow(), n)
+        chosen = site.result.weights[n]
+        quantized = quantize_tensor(source, chosen.scale.to(w.device), chosen.format, chosen.granularity, n, chosen.second_scale)
         bias = getattr(site.modules[n], "bias", None)
         set_module(model, n, QuantLinear.from_plan(quantized, plan, bias))
