@@ -14,7 +14,6 @@ from llm_fp4.nn.shared import InputSite
 from llm_fp4.numerics import FloatFormat, PerBlock, PerRow, QuantizedTensor, packed_width, scale_bytes
 from llm_fp4.plan import InputPlan, InputSpec
 
-
 _FEW_ROWS = 8  # up to so many, rounding anew costs less than one more operation
 
 
