@@ -3,6 +3,7 @@
 from llm_fp4.checkpoint.finish import finish_checkpoint
 from llm_fp4.checkpoint.manifest import (
     METHOD,
+    STORED,
     VERSION,
     Manifest,
     ModuleEntry,
@@ -14,6 +15,6 @@ from llm_fp4.checkpoint.manifest import (
 from llm_fp4.checkpoint.run_store import RunStore
 
 __all__ = [
-    "METHOD", "VERSION", "Manifest", "ModuleEntry", "RunStore", "finish_checkpoint", "manifest_of_plans", "read_config",
+    "METHOD", "STORED", "VERSION", "Manifest", "ModuleEntry", "RunStore", "finish_checkpoint", "manifest_of_plans", "read_config",
     "read_manifest", "verify",
 ]  # fmt: skip

@@ -39,6 +39,11 @@ def some(names: Iterable[str]) -> str:
     return f"{first} and {len(rest)} more" if rest else first
 
 
+def weight_kind(entry: ModuleEntry) -> str:
+    """Return the format of a weight and of its blocks, if it has any, for people."""
+    return entry.format.name.upper() + (f" ({entry.blocks.name})" if entry.blocks else "")
+
+
 def hold_weights(manifest: Manifest, target: str, container: Callable[[ModuleEntry], str | None], remedy: str) -> Holding:
     """Return how ``target`` holds every weight, with the input side left out.
 
@@ -49,7 +54,7 @@ def hold_weights(manifest: Manifest, target: str, container: Callable[[ModuleEnt
     """
     found = {n: container(e) for n, e in manifest.items()}
     if refused := [n for n, held in found.items() if held is None]:
-        kinds = ", ".join(sorted({manifest[n].format.name.upper() for n in refused}))
+        kinds = ", ".join(sorted({weight_kind(manifest[n]) for n in refused}))
         raise UnsupportedError(f"{target} cannot hold the {kinds} weights of {some(refused)} without rounding them again; {remedy}")
     if smooth := [n for n, e in manifest.items() if e.input is not None and e.input.smooth]:
         raise UnsupportedError(

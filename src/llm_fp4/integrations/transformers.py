@@ -61,7 +61,7 @@ def install(model: nn.Module, manifest: Manifest) -> None:
         CheckpointError: the model has no such module, or one of another shape.
     """
     for name, entry in manifest.items():
-        replace_module(model, name, entry.format, entry.input, entry.shape, entry.multiplier)
+        replace_module(model, name, entry.format, entry.input, entry.shape, entry.multiplier, entry.blocks)
         if entry.tied_to is not None:
             head = model.get_submodule(name)
             assert isinstance(head, PackedModule)

@@ -7,17 +7,18 @@ from torch import nn
 from llm_fp4.errors import CheckpointError
 from llm_fp4.nn.embedding import QuantEmbedding
 from llm_fp4.nn.linear import PackedModule, QuantLinear
-from llm_fp4.numerics import FloatFormat
+from llm_fp4.numerics import FloatFormat, PerBlock
 from llm_fp4.plan import InputSpec
 
 
 def replace_module(
-    model: nn.Module, name: str, fmt: FloatFormat, spec: InputSpec | None, shape: tuple[int, int], multiplier: float = 1.0
-) -> None:
+    model: nn.Module, name: str, fmt: FloatFormat, spec: InputSpec | None, shape: tuple[int, int], multiplier: float = 1.0,
+    blocks: PerBlock | None = None,
+) -> None:  # fmt: skip
     """Put an empty quantized module in the place of the float module ``name``, on its device and in its dtype.
 
     Args:
-        shape: (rows, columns) that the checkpoint states. multiplier: of an embedding's rows.
+        shape: (rows, columns) that the checkpoint states. multiplier: of an embedding's rows. blocks: of a linear's weight that share a scale.
     Raises:
         CheckpointError: the model has no such linear or embedding, or one of another shape.
     """
@@ -39,7 +40,7 @@ def replace_module(
     device, dtype = old.weight.device, old.weight.dtype
     new: PackedModule
     if isinstance(old, nn.Linear):
-        new = QuantLinear(shape[1], shape[0], fmt, spec, old.bias is not None, device, dtype)
+        new = QuantLinear(shape[1], shape[0], fmt, spec, old.bias is not None, device, dtype, blocks)
     else:
         new = QuantEmbedding(*shape, fmt, device, dtype, multiplier)
     parent._modules[child] = new

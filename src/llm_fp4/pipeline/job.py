@@ -1,33 +1,28 @@
-"""The one loop: collect, search, quantize, replace and propagate, block by block."""
+"""A quantization run over a model: its units, from the embeddings to the output head, in order."""
 
 from __future__ import annotations
 
 import gc
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llm_fp4.calibration import collect, shared_inputs
-from llm_fp4.checkpoint import RunStore
-from llm_fp4.errors import RecipeError, UnsupportedError
+from llm_fp4.calibration import shared_inputs
+from llm_fp4.checkpoint import STORED, RunStore
+from llm_fp4.errors import UnsupportedError
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, set_module, weight_shapes
-from llm_fp4.nn import QuantEmbedding, QuantLinear
-from llm_fp4.numerics import PerRow, QuantizedTensor, parse, quantize_tensor, require_finite
-from llm_fp4.plan import FixedWeight, SiteResult, WeightPlan
+from llm_fp4.nn import QuantEmbedding
+from llm_fp4.numerics import PerRow, quantize_tensor, require_finite
+from llm_fp4.pipeline.sites import Decided, Linears, decide_site, replace_site, split_sites
+from llm_fp4.pipeline.tied import Runs, float_head_gram, shared_heads, stored_embedding
+from llm_fp4.plan import FixedWeight
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe
-from llm_fp4.search import embedding_plan, search_site
-from llm_fp4.statistics import SiteStatistics
-from llm_fp4.storage import write_tensors
-
-Runs = list[tuple[Callable[[], object], Tensor | None]]
-Decided = tuple[dict[str, Tensor], dict[str, nn.Module], SiteResult]  # weights, modules and plan of a site
+from llm_fp4.search import embedding_plan
 
 
 class _ZeroEmbedding(nn.Module):
@@ -39,16 +34,6 @@ class _ZeroEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return torch.zeros(*ids.shape, self.dim, device=ids.device)
-
-
-def shared_heads(structure: Structure, recipe: Recipe) -> dict[str, str]:
-    """Return head → embedding of the tied pairs that stay one stored tensor: both quantized, with the same candidate formats."""
-    shared = {}
-    for head, embedding in structure.tied.items():
-        formats = recipe.embedding_formats() if recipe.selects(head) and recipe.selects(embedding) else ()
-        if formats and recipe.rule(head, head=True).weight_formats == formats:
-            shared[head] = embedding
-    return shared
 
 
 @dataclass
@@ -143,12 +128,12 @@ class Job:
             for i in range(len(self.batches)):
                 self.store.save_input(unit + 1, i, run(i))
         decided = []
-        for group in self._sites(shared_inputs(selected, lambda: run(0)), selected):
-            decided.append(self._site(group, selected, self._runs(run), plans))
+        for group in split_sites(shared_inputs(selected, lambda: run(0)), selected, self.recipe):
+            decided.append(self._decide(group, selected, run, plans))
             if self.sequential:  # otherwise every site of the block reads what it reads in the float model
-                self._replace(*decided.pop())
+                replace_site(self.model, decided.pop())
         for site in decided:
-            self._replace(*site)
+            replace_site(self.model, site)
         if self.sequential:
             for i in range(len(self.batches)):
                 self.store.save_input(unit + 1, i, run(i))
@@ -169,8 +154,8 @@ class Job:
         def run(i: int) -> object:
             return self.runner.tail(self.batches[i], self.store.input(unit, i).to(self.device))
 
-        for group in self._sites(shared_inputs(selected, lambda: run(0)), selected, head=True):
-            self._replace(*self._site(group, selected, self._runs(run), plans, head=True))
+        for group in split_sites(shared_inputs(selected, lambda: run(0)), selected, self.recipe, head=True):
+            replace_site(self.model, self._decide(group, selected, run, plans, head=True))
         tensors = self._tensors(self.model, "")
         apart = (*self.structure.blocks, *self.structure.embeddings)
         shared = {f"{h}.{t}" for h in self.shared_head for t in ("weight_packed", "weight_scale")}
@@ -179,63 +164,23 @@ class Job:
         tensors = {n: t for n, t in tensors.items() if n not in shared and not n.startswith(tuple(f"{m}." for m in apart))}
         self.store.finish(unit, tensors, plans)
 
-    # --- one site -----------------------------------------------------------------------------------
-
-    def _sites(self, groups: list[list[str]], selected: dict[str, nn.Module], head: bool = False) -> list[list[str]]:
-        """Return groups split where operands of one tensor ask for different inputs.
-
-        Raises:
-            UnsupportedError: a selected linear did not run, so that nothing is known of its input.
-        """
-        ran = {n for g in groups for n in g}
-        if twice := [n for n in ran if sum(n in g for g in groups) > 1]:
-            raise UnsupportedError(
-                f"{twice[0]} runs on several inputs in one pass, which is not implemented; add --ignore {twice[0]}"
-            )
-        if idle := sorted(set(selected) - ran):
-            raise UnsupportedError(
-                f"{idle[0]} did not run on the calibration data, so it cannot be quantized; add --ignore {idle[0]}"
-            )
-        out: dict[tuple[int, Any], list[str]] = {}
-        for i, group in enumerate(groups):
-            for n in group:
-                rule = self.recipe.rule(n, head=head)
-                if not rule.weight_formats:
-                    raise RecipeError(
-                        f"{n} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it"
-                    )
-                out.setdefault((i, (rule.input_formats, rule.granularity, rule.shift)), []).append(n)
-        return list(out.values())
-
-    def _site(
-        self, group: list[str], selected: dict[str, nn.Module], runs: Runs, plans: dict[str, Any], head: bool = False
-    ) -> Decided:
-        name = group[0]
-        weights = {n: cast(Tensor, selected[n].weight).detach().float() for n in group}
-        for n, w in weights.items():
-            require_finite(w, f"the weight of {n}")
-        fixed = {n: self._stored_embedding(n) for n in group if head and n in self.shared_head}
-        rules = {n: self.recipe.rule(n, head=head) for n in group}
-        stores = collect({name: selected[name]}, runs, self.store.scratch)
-        statistics = SiteStatistics(name, stores[name], self.device, self.recipe.seed ^ zlib.crc32(name.encode()))
-        result = search_site(name, weights, statistics, rules, self.recipe, fixed)
-        stores[name].delete()
-        plans["weights"] |= {n: {"kind": "linear", **p.to_json()} for n, p in result.weights.items()}
-        for n in fixed:
-            plans["weights"][n]["tied_to"] = self.shared_head[n]
-        if result.input is not None:
-            plans["inputs"][name] = result.input.to_json()
-        return weights, selected, result
-
-    def _replace(self, weights: dict[str, Tensor], selected: dict[str, nn.Module], result: SiteResult) -> None:
-        plan = result.input
-        for n, w in weights.items():
-            source = result.rounded.get(n, w if plan is None or plan.smooth is None else w * plan.smooth)
-            quantized = quantize_tensor(source, result.weights[n].scale.to(w.device), result.weights[n].format, PerRow(), n)
-            bias = getattr(selected[n], "bias", None)
-            set_module(self.model, n, QuantLinear.from_plan(quantized, plan, bias))
-
     # --- helpers ------------------------------------------------------------------------------------
+
+    def _decide(
+        self, group: list[str], selected: Linears, run: Callable[[int], object], plans: dict[str, Any], head: bool = False
+    ) -> Decided:
+        shared = {n: self.shared_head[n] for n in group if head and n in self.shared_head}
+        fixed = {n: self._stored_embedding(n, embedding) for n, embedding in shared.items()}
+        decided = decide_site(group, selected, self._runs(run), self.recipe, fixed, plans, self.store.scratch, self.device, head)
+        for n, embedding in shared.items():
+            plans["weights"][n]["tied_to"] = embedding
+        return decided
+
+    def _stored_embedding(self, head: str, embedding: str) -> FixedWeight:
+        """Return the weight of a head that shares its embedding's codes, read back from the first unit."""
+        stored = self.store.saved(0)
+        packed, scale = (stored[f"{embedding}.{t}"].to(self.device) for t in ("weight_packed", "weight_scale"))
+        return stored_embedding(head, self.store.plans()[0]["weights"][embedding], packed, scale, self.shapes[embedding])
 
     def _runs(self, run: Callable[[int], object]) -> Runs:
         """Return ``run`` of every batch, with the batch's mask."""
@@ -247,15 +192,6 @@ class Job:
 
     def _quantized_embeddings(self) -> set[str]:
         return {n for n in self.structure.embeddings if self.recipe.selects(n) and self.recipe.embedding_formats()}
-
-    def _stored_embedding(self, head: str) -> FixedWeight:
-        """Return the weight of a head that shares its embedding's codes, read back from the first unit."""
-        embedding = self.shared_head[head]
-        fmt, stored = parse(self.store.plans()[0]["weights"][embedding]["format"]), self.store.saved(0)
-        packed, scale = stored[f"{embedding}.weight_packed"].to(self.device), stored[f"{embedding}.weight_scale"].to(self.device)
-        rows, columns = self.shapes[embedding]
-        values = QuantizedTensor(packed, scale, fmt, PerRow(), (rows, columns)).dequantize()
-        return FixedWeight(WeightPlan(head, fmt, scale), values)
 
     def _load_outer(self, skip: list[str]) -> None:
         """Make every parameter outside the blocks real, except those of the modules ``skip``."""
@@ -293,38 +229,15 @@ class Job:
                 raise first from None
 
     def _float_head_gram(self, head: str) -> Tensor:
-        """Return X'X of the head's input in the float model, streamed block by block."""
-        folder = self.store.scratch
-        hidden = {i: folder / f"float-{i}.safetensors" for i in range(len(self.batches))}
-        for i, batch in enumerate(self.batches):
-            write_tensors(hidden[i], {"hidden": self.runner.first_hidden(batch)})
-        for index, name in enumerate(self.structure.blocks):
-            block = self.source.load(self.model, name, self.device)
-            for i, batch in enumerate(self.batches):
-                x = load_file(hidden[i])["hidden"].to(self.device)
-                write_tensors(hidden[i], {"hidden": self.runner.run(index, block, batch, x)})
-            self.source.release(self.model, name)
-            self.progress("float statistics of the output head", index + 1, len(self.structure.blocks))
-
-        def run(i: int) -> object:
-            return self.runner.tail(self.batches[i], load_file(hidden[i])["hidden"].to(self.device))
-
-        stub = nn.Identity()
-        module = self.model.get_submodule(head)
-        set_module(self.model, head, stub)  # only its input is wanted
-        try:
-            store = collect({head: stub}, self._runs(run), folder)[head]
-        finally:
-            set_module(self.model, head, module)
-        gram = SiteStatistics(head, store, self.device, self.recipe.seed).gram
-        store.delete()
-        return gram
+        return float_head_gram(
+            head, self.runner, self.structure, self.source, self.batches, self.store.scratch, self._runs, self.device,
+            self.recipe.seed, self.progress,
+        )  # fmt: skip
 
     def _tensors(self, module: nn.Module, name: str) -> dict[str, Tensor]:
         """Return what the checkpoint holds of ``module``: packed tensors as they are, the rest in the source's dtype."""
         prefix = f"{name}." if name else ""
         out = {}
         for key, tensor in module.state_dict(prefix=prefix).items():
-            packed = key.rpartition(".")[2] in ("weight_packed", "weight_scale", "input_scale", "input_shift", "input_smooth")
-            out[key] = tensor if packed else tensor.to(self.source.dtype(key))
+            out[key] = tensor if key.rpartition(".")[2] in STORED else tensor.to(self.source.dtype(key))
         return out
