@@ -3,6 +3,7 @@
 from llm_fp4.api.activations import SiteActivations, activation_statistics
 from llm_fp4.api.benchmarking import Benchmark, Machine, Speed, benchmark
 from llm_fp4.api.evaluating import answer_questions, evaluate
+from llm_fp4.api.exporting import Exported, export, hold
 from llm_fp4.api.figures import draw_activations
 from llm_fp4.api.generating import generate_text
 from llm_fp4.api.inspecting import Inspection, LayerReport, inspect_model
@@ -11,6 +12,7 @@ from llm_fp4.api.quantization import quantize, quantize_module
 
 __all__ = [
     "Benchmark",
+    "Exported",
     "Inspection",
     "LayerReport",
     "Loaded",
@@ -22,7 +24,9 @@ __all__ = [
     "benchmark",
     "draw_activations",
     "evaluate",
+    "export",
     "generate_text",
+    "hold",
     "inspect_model",
     "load",
     "load_any",

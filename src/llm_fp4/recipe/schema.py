@@ -97,7 +97,7 @@ class InputRules(_BlockRules):
     granularity: Literal["per_tensor", "per_token", "per_block"] = "per_tensor"
     shift: bool = True
     sinks: Literal["per_token", "static"] = "per_token"
-    sink_ratio: float = Field(default=64.0, gt=1)
+    sink_ratio: float = Field(default=8.0, gt=1)
 
     _check = field_validator("formats")(_check_formats)
 
