@@ -2,8 +2,9 @@
 
 from llm_fp4.kernels import cpu as _cpu_overrides  # noqa: F401  registers itself
 from llm_fp4.kernels.blocks import block_linear, quantize_blocks
+from llm_fp4.kernels.hadamard import hadamard
 from llm_fp4.kernels.ops import accumulate, float_linear, int_linear, integer_product, quantize_input, token_scale
 
 __all__ = [
-    "accumulate", "block_linear", "float_linear", "int_linear", "integer_product", "quantize_blocks", "quantize_input", "token_scale",
+    "accumulate", "block_linear", "float_linear", "hadamard", "int_linear", "integer_product", "quantize_blocks", "quantize_input", "token_scale",
 ]  # fmt: skip

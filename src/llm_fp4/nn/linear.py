@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.kernels import block_linear, float_linear, int_linear, integer_product, quantize_input
+from llm_fp4.kernels import block_linear, float_linear, hadamard, int_linear, integer_product, quantize_input
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.numerics import FloatFormat, PerBlock, PerRow, QuantizedTensor, packed_width, scale_bytes
 from llm_fp4.plan import InputPlan, InputSpec
@@ -107,6 +107,8 @@ class QuantLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         fmt, spec = self.weight_format, self.spec
+        if spec is not None and spec.transform is not None:
+            rows = hadamard(rows)
         weight = (self.weight_packed, self.weight_scale)
         bias = None if self.bias is None else self.bias.float()
         if spec is not None and self.exact:

@@ -11,11 +11,12 @@ from llm_fp4.recipe.sections import (
     Override,
     SearchRules,
     ShiftRange,
+    TransformRules,
     WeightRules,
     validated,
 )
 
 __all__ = [
     "FLOAT_BITS", "PRESETS", "SUMMARIES", "Bits", "Calibration", "InputRules", "ModuleRule", "Override", "Recipe", "SearchRules",
-    "ShiftRange", "WeightRules", "dump_recipe", "load_recipe", "matches", "validated",
+    "ShiftRange", "TransformRules", "WeightRules", "dump_recipe", "load_recipe", "matches", "validated",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from llm_fp4.recipe.sections import (
     SearchRules,
     ShiftRange,
     Strict,
+    TransformRules,
     WeightRules,
 )
 
@@ -29,7 +30,8 @@ _STANDARD = {3: "e2m0", 4: "e2m1", 5: "e2m2", 6: "e3m2", 7: "e3m3", 8: "e4m3"}  
 class ModuleRule(Strict):
     """What holds for one module after overrides: candidate formats and the input's treatment.
 
-    ``weight_blocks``, ``input_blocks``: the blocks that share a scale, None where rows, tokens or tensors do.
+    ``weight_blocks``, ``input_blocks``: the blocks that share a scale, None where rows, tokens or tensors do. ``transform``:
+    whether the input passes a Hadamard transform as it arrives.
     """
 
     weight_formats: tuple[FloatFormat, ...]
@@ -39,11 +41,20 @@ class ModuleRule(Strict):
     shift_range: ShiftRange = "format"
     weight_blocks: PerBlock | None = None
     input_blocks: PerBlock | None = None
+    transform: bool = False
 
     @property
     def site(self) -> tuple[Any, ...]:
         """What all operands of one input site have in common."""
-        return self.input_formats, self.granularity, self.shift, self.shift_range, self.weight_blocks, self.input_blocks
+        return (
+            self.input_formats,
+            self.granularity,
+            self.shift,
+            self.shift_range,
+            self.weight_blocks,
+            self.input_blocks,
+            self.transform,
+        )
 
 
 class Recipe(Strict):
@@ -54,6 +65,7 @@ class Recipe(Strict):
     bits: Bits = Bits()
     weights: WeightRules = WeightRules()
     inputs: InputRules = InputRules()
+    transforms: TransformRules = TransformRules()
     search: SearchRules = SearchRules()
     calibration: Calibration = Calibration()
     targets: list[str] = Field(default=["*"])
@@ -85,7 +97,7 @@ class Recipe(Strict):
         """
         weight_bits = self.bits.lm_head if head and self.bits.lm_head is not None else self.bits.weight
         activation_bits, granularity = self.bits.activation, self.inputs.granularity
-        shift, shift_range = self.inputs.shift, self.inputs.shift_range
+        shift, shift_range, transform = self.inputs.shift, self.inputs.shift_range, "none"
         weight_formats, input_formats, weight_granularity = self.weights.formats, self.inputs.formats, self.weights.granularity
         for o in self.overrides:
             if any(matches(p, name) for p in o.targets):
@@ -97,12 +109,14 @@ class Recipe(Strict):
                 granularity = granularity if o.input_granularity is None else o.input_granularity
                 shift = shift if o.shift is None else o.shift
                 shift_range = shift_range if o.shift_range is None else o.shift_range
+                transform = transform if o.input_transform is None else o.input_transform
         rule = ModuleRule(
             weight_formats=self._candidates(weight_bits, weight_formats, f"the weight of {name}"),
             input_formats=self._candidates(activation_bits, input_formats, f"the input of {name}"),
             granularity=granularity,
             shift=shift and self.method == "fpq" and granularity != "per_block",
             shift_range=shift_range,
+            transform=transform == "hadamard",
             weight_blocks=self.weights.blocks if weight_granularity == "per_block" else None,
             input_blocks=self.inputs.blocks if granularity == "per_block" else None,
         )
@@ -112,11 +126,20 @@ class Recipe(Strict):
     def _check_blocks(self, rule: ModuleRule, name: str) -> None:
         if (rule.weight_blocks or rule.input_blocks) and self.method == "smoothquant":
             raise RecipeError(f"{name}: method smoothquant has no block scales; use fpq or minmax")
+        if rule.transform and self.method == "smoothquant":
+            raise RecipeError(
+                f"{name}: method smoothquant and a transform of its input are not implemented together; use fpq or minmax"
+            )
         if rule.input_formats and rule.weight_formats and (rule.weight_blocks is None) != (rule.input_blocks is None):
             raise RecipeError(
                 f"{name}: block scales on only one of weight and input are not implemented; make both granularities per_block, "
                 "or the input 16 bits"
             )
+
+    def with_transformed(self, names: list[str]) -> Recipe:
+        """Return the recipe in which the inputs of ``names`` pass a Hadamard transform, unless an override says otherwise."""
+        first = Override(targets=names, input_transform="hadamard")
+        return self.model_copy(update={"overrides": [first, *self.overrides]})
 
     def embedding_formats(self) -> tuple[FloatFormat, ...]:
         """Return the candidate formats of embeddings; empty where they stay float."""

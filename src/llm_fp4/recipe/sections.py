@@ -112,6 +112,15 @@ class InputRules(_BlockRules):
     _shifts = field_validator("shift_range")(_check_shift_range)
 
 
+class TransformRules(Strict):
+    """``rotation``: a random orthogonal map of the residual stream and of each head's values, merged into the weights (models
+    like LLaMA). ``online``: with it, a Hadamard transform of inputs that no merged rotation reaches (down_proj), as they arrive.
+    """
+
+    rotation: Literal["none", "hadamard"] = "none"
+    online: bool = False
+
+
 class SearchRules(Strict):
     """Effort of the search.
 
@@ -152,6 +161,7 @@ class Override(Strict):
     input_granularity: Literal["per_tensor", "per_token", "per_block"] | None = None
     shift: bool | None = None
     shift_range: ShiftRange | None = None
+    input_transform: Literal["none", "hadamard"] | None = None
 
     _shifts = field_validator("shift_range")(_check_shift_range)
     _bits = field_validator("weight_bits", "activation_bits")(_check_bits)
