@@ -149,7 +149,7 @@ def test_a_transform_without_rotation_and_with_block_scales(tmp_path: Path, toke
     assert model.model.layers[0].mlp.down_proj.spec.transform == "hadamard"
     expected = reference(tokens).logits.detach()
     error = (model(tokens).logits.detach() - expected).square().mean() / expected.square().mean()
-    assert 0 < float(error) < 0.01
+    assert 0 < float(error) < 0.05
 
 
 def test_an_interrupted_rotated_run_ends_with_the_same_bytes(

@@ -21,7 +21,7 @@ from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, flo
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError, UnsupportedError
 from llm_fp4.models import FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
-from llm_fp4.nn import QuantEmbedding
+from llm_fp4.nn import QuantEmbedding, share_inputs
 from llm_fp4.pipeline import Job, shared_heads
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
@@ -144,6 +144,7 @@ def quantize_module(
     for name in structure.embeddings:
         if isinstance(table := model.get_submodule(name), QuantEmbedding):
             table._dtype = table._dtype.to(dtypes[f"{name}.weight"])
+    share_inputs(model)
     return model
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llm_fp4.kernels import block_linear, float_linear, hadamard, int_linear, integer_product, quantize_input
 from llm_fp4.kernels.simulate import fake_quantize_input
+from llm_fp4.nn.shared import InputSite, Levels
 from llm_fp4.numerics import FloatFormat, PerBlock, PerRow, QuantizedTensor, packed_width, scale_bytes
 from llm_fp4.plan import InputPlan, InputSpec
 
@@ -66,6 +67,7 @@ class QuantLinear(PackedModule):
     input_scale: Tensor
     input_shift: Tensor | None
     input_smooth: Tensor | None
+    site: InputSite | None = None  # shared with the linears that read the same input
 
     def __init__(
         self, in_features: int, out_features: int, weight_format: FloatFormat, spec: InputSpec | None, bias: bool, device: Any = None,
@@ -107,20 +109,16 @@ class QuantLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         fmt, spec = self.weight_format, self.spec
-        if spec is not None and spec.transform is not None:
-            rows = hadamard(rows)
         weight = (self.weight_packed, self.weight_scale)
         bias = None if self.bias is None else self.bias.float()
         if spec is not None and self.exact:
-            f = spec.format
-            levels, step = quantize_input(
-                rows, self.input_scale, self.input_shift, self.input_smooth,
-                f.exponent_bits, f.mantissa_bits, f.signed, spec.max_shift, spec.granularity == "per_token",
-            )  # fmt: skip
+            levels, step = self._levels(rows, spec) if self.site is None else self.site.levels(x, lambda: self._levels(rows, spec))
             out = int_linear(levels, step, *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
         else:
             if spec is not None:
-                rows = fake_quantize_input(rows, spec, self.input_scale, self.input_shift, self.input_smooth)
+                rows = fake_quantize_input(
+                    self._transformed(rows, spec), spec, self.input_scale, self.input_shift, self.input_smooth
+                )
             if self.blocks is None:
                 out = float_linear(rows.float(), *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
             else:
@@ -130,6 +128,24 @@ class QuantLinear(PackedModule):
                 )  # fmt: skip
         result: Tensor = out.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return result
+
+    def _transformed(self, rows: Tensor, spec: InputSpec) -> Tensor:
+        if spec.transform is None:
+            return rows
+        mixed: Tensor = hadamard(rows)
+        return mixed
+
+    def _levels(self, rows: Tensor, spec: InputSpec) -> Levels:
+        f = spec.format
+        found: Levels = quantize_input(
+            self._transformed(rows, spec), self.input_scale, self.input_shift, self.input_smooth,
+            f.exponent_bits, f.mantissa_bits, f.signed, spec.max_shift, spec.granularity == "per_token",
+        )  # fmt: skip
+        return found
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.site = None  # other numbers may follow than those that were alike
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         spec = f"{self.spec.format}, {self.spec.granularity}, shift<={self.spec.max_shift}" if self.spec else "float"

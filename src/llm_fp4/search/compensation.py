@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.numerics import FloatFormat, fake_quantize
 from llm_fp4.plan import FixedWeight, SiteResult, WeightPlan
 from llm_fp4.recipe import SearchRules
+from llm_fp4.search.inputs import InputChoice
 from llm_fp4.search.refine import refine
 from llm_fp4.search.weights import weight_loss
 from llm_fp4.statistics import Gram, SiteStatistics
@@ -118,10 +118,8 @@ def compensate_site(
         weights: (out, in) float32 of each operand. fixed: operands that are quantized already.
     """
     plan = result.input
-    if plan is None:
-        gram = statistics.quantized_gram(None)
-    else:
-        gram = statistics.quantized_gram(lambda x: fake_quantize_input(x, plan.spec, plan.scale, plan.shift, plan.smooth))
+    choice = None if plan is None else InputChoice(plan.spec, plan.scale, plan.shift, 0.0)
+    gram = statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
     by_format: dict[FloatFormat, list[str]] = {}
     for n in weights:
         if n not in (fixed or {}):
