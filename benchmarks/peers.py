@@ -5,9 +5,9 @@
     python benchmarks/peers.py --threads 1 --model CHECKPOINT
 
 Layers run as in kernels.py: all contenders in turn within each round, ratios of each round, medians. A peer that is not
-installed is left out and named; wheels of llama.cpp are generic builds (AVX2), a native one is faster. What each computes:
-OpenVINO and ONNX Runtime quantize 4-bit weights and round inputs to 8 bits in blocks where they are fastest so; llama.cpp
-runs Q4_0 weights with 8-bit inputs. Ours rounds inputs to 4 bits.
+installed is left out and named; wheels of llama.cpp are generic builds (AVX2), a native one is faster.
+What each computes: OpenVINO and ONNX Runtime quantize 4-bit weights and round inputs to
+8 bits in blocks where they are fastest so; llama.cpp runs Q4_0 weights with 8-bit inputs. Ours rounds inputs to 4 bits.
 """
 
 from __future__ import annotations
