@@ -11,6 +11,7 @@ from llm_fp4.api.loading import Loaded, load, load_any
 from llm_fp4.api.quantization import quantize, quantize_module
 
 __all__ = [
+    "AttentionReport",
     "Benchmark",
     "Exported",
     "Inspection",

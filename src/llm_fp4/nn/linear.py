@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.kernels import block_linear, float_linear, int_linear, integer_product, quantize_input, quantized_linear
+from llm_fp4.kernels import block_linear, float_linear, hadamard, int_linear, integer_product, quantize_input, quantized_linear
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.nn.shared import InputSite
 from llm_fp4.numerics import FloatFormat, PerBlock, PerRow, QuantizedTensor, packed_width, scale_bytes
@@ -117,7 +117,9 @@ class QuantLinear(PackedModule):
             out = self._integer_product(x, rows, spec, bias)
         else:
             if spec is not None:
-                rows = fake_quantize_input(rows, spec, self.input_scale, self.input_shift, self.input_smooth)
+                rows = fake_quantize_input(
+                    self._transformed(rows, spec), spec, self.input_scale, self.input_shift, self.input_smooth
+                )
             if self.blocks is None:
                 out = float_linear(rows.float(), *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
             else:
@@ -128,6 +130,12 @@ class QuantLinear(PackedModule):
         result: Tensor = out.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return result
 
+    def _transformed(self, rows: Tensor, spec: InputSpec) -> Tensor:
+        if spec.transform is None:
+            return rows
+        mixed: Tensor = hadamard(rows)
+        return mixed
+
     def _integer_product(self, x: Tensor, rows: Tensor, spec: InputSpec, bias: Tensor | None) -> Tensor:
         f, w = spec.format, self.weight_format
         rounding = (
@@ -137,9 +145,9 @@ class QuantLinear(PackedModule):
         weight = (self.weight_packed, self.weight_scale, bias, w.exponent_bits, w.mantissa_bits)
         out: Tensor
         if self.site is None or len(rows) <= _FEW_ROWS:
-            out = quantized_linear(rows, *rounding, *weight)
+            out = quantized_linear(self._transformed(rows, spec), *rounding, *weight)
         else:
-            out = int_linear(*self.site.levels(x, lambda: quantize_input(rows, *rounding)), *weight)
+            out = int_linear(*self.site.levels(x, lambda: quantize_input(self._transformed(rows, spec), *rounding)), *weight)
         return out
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
