@@ -12,6 +12,7 @@ from llm_fp4.api.loading import Loaded, load, load_any
 from llm_fp4.api.quantization import quantize, quantize_module
 
 __all__ = [
+    "AttentionReport",
     "Benchmark",
     "Estimate",
     "Exported",

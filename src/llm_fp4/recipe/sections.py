@@ -106,7 +106,7 @@ class InputRules(_BlockRules):
     shift: bool = True
     shift_range: ShiftRange = "format"
     sinks: Literal["per_token", "static"] = "per_token"
-    sink_ratio: float = Field(default=64.0, gt=1)
+    sink_ratio: float = Field(default=8.0, gt=1)
 
     _check = field_validator("formats")(_check_formats)
     _shifts = field_validator("shift_range")(_check_shift_range)
