@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor
+from torch import nn
 
 from llm_fp4.api.loading import is_checkpoint
 from llm_fp4.api.prepare import checked_structure
 from llm_fp4.checkpoint import read_config, verify
 from llm_fp4.errors import CheckpointError
 from llm_fp4.models import FloatModel, Structure, open_model
+from llm_fp4.nn import linear_shape
 from llm_fp4.pipeline import shared_heads
 from llm_fp4.recipe import Recipe, load_recipe, matches
 from llm_fp4.storage import TensorFiles
@@ -24,7 +25,7 @@ class LayerReport:
     """One linear layer or embedding.
 
     Attributes:
-        kind: "linear" or "embedding". shape: (out, in) of a linear, (rows, columns) of an embedding.
+        kind: "linear", "embedding" or "other". shape: (out, in) of a linear, (rows, columns) of an embedding.
         weight: the weight's format, or the candidates of one not quantized yet; empty where it stays float.
         input: likewise of the input. site: the first of the layers that share this input, None where it stays float.
         granularity: of the input's scale, "per_tensor" or "per_token". input_scale: its step, or the ratio of a per-token scale.
@@ -36,7 +37,7 @@ class LayerReport:
 
     name: str
     kind: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     weight: tuple[str, ...] = ()
     input: tuple[str, ...] = ()
     site: str | None = None
@@ -131,15 +132,17 @@ def _plan(folder: Path) -> dict[str, Any]:
 
 def _float(opened: FloatModel, recipe: Recipe) -> Inspection:
     structure = checked_structure(opened.model, recipe)
-    shared = shared_heads(structure, recipe)
+    shared = {**shared_heads(structure, recipe), **structure.aliases}
     layers = []
     for name in structure.names():
-        rows, columns = cast(Tensor, opened.model.get_submodule(name).weight).shape
-        kind = "embedding" if name in structure.embeddings else "linear"
+        shape = linear_shape(opened.model.get_submodule(name))
+        kind = "embedding" if name in structure.embeddings or name in structure.aliases else "linear"
         weight, read, reason = _candidates(name, kind, structure, recipe)
         if name in shared:
             reason = f"shares the codes of {shared[name]}"
-        layers.append(LayerReport(name, kind, (rows, columns), weight, read, reason=reason))
+        layers.append(LayerReport(name, kind, shape, weight, read, reason=reason))
+    for name, reason in structure.floats.items():
+        layers.append(LayerReport(name, "other", _shape(opened.model.get_submodule(name)), reason=reason))
     return Inspection(
         opened.origin,
         False,
@@ -151,6 +154,11 @@ def _float(opened: FloatModel, recipe: Recipe) -> Inspection:
         None,
         layers,
     )
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Return the shape of the module's widest parameter."""
+    return max((tuple(p.shape) for p in module._parameters.values() if p is not None), key=len)
 
 
 def _candidates(name: str, kind: str, structure: Structure, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...], str]:

@@ -9,11 +9,13 @@ from llm_fp4.checkpoint.manifest import (
     manifest_of_plans,
     read_config,
     read_manifest,
+    site_spec,
     verify,
 )
+from llm_fp4.checkpoint.outputs import BlockOutputs
 from llm_fp4.checkpoint.run_store import RunStore
 
 __all__ = [
-    "METHOD", "VERSION", "Manifest", "ModuleEntry", "RunStore", "finish_checkpoint", "manifest_of_plans", "read_config",
-    "read_manifest", "verify",
+    "METHOD", "VERSION", "BlockOutputs", "Manifest", "ModuleEntry", "RunStore", "finish_checkpoint", "manifest_of_plans", "read_config",
+    "read_manifest", "site_spec", "verify",
 ]  # fmt: skip

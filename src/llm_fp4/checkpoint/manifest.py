@@ -121,6 +121,12 @@ def read_manifest(config: dict[str, Any], where: str) -> Manifest:
     return manifest
 
 
+def site_spec(site: dict[str, Any]) -> InputSpec:
+    """Return the spec of an input site from its plan as JSON."""
+    known = {"format", "granularity", "max_shift", "smooth"}
+    return InputSpec.from_json({k: v for k, v in site.items() if k in known})
+
+
 def manifest_of_plans(plans: list[dict[str, Any]], shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """Return the JSON of all modules in the units' plans, by module name."""
     inputs = {operand: site for plan in plans for site in plan["inputs"].values() for operand in site["operands"]}
@@ -128,10 +134,7 @@ def manifest_of_plans(plans: list[dict[str, Any]], shapes: dict[str, tuple[int, 
     for plan in plans:
         for name, weight in plan["weights"].items():
             site = inputs.get(name)
-            spec = None
-            if site is not None:
-                known = {"format", "granularity", "max_shift", "smooth"}
-                spec = InputSpec.from_json({k: v for k, v in site.items() if k in known})
+            spec = site_spec(site) if site is not None else None
             entry = ModuleEntry(
                 weight["kind"], parse(weight["format"]), shapes[name], spec, weight.get("tied_to"), weight.get("multiplier", 1.0)
             )
