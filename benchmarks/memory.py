@@ -25,8 +25,9 @@ RUN = """
 import sys, torch, llm_fp4
 from llm_fp4.recipe import Recipe
 tokens = torch.randint(0, 1000, (4, 128), generator=torch.Generator().manual_seed(0))
-one = {"formats": ["e2m1"]}  # one format of three: memory is the same, time a third
-recipe = Recipe.model_validate({"weights": one, "inputs": one, "search": {"rounds": 1, "sample_tokens": 128}})
+one = {"formats": ["e2m1"]}  # one format and two candidates: memory is the same, time is not
+search = {"rounds": 1, "sample_tokens": 128, "grid": "paper", "candidates": 2}
+recipe = Recipe.model_validate({"weights": one, "inputs": one, "search": search})
 llm_fp4.quantize(sys.argv[1], sys.argv[2], recipe, tokens=tokens)
 """
 

@@ -2,7 +2,8 @@
 
     python benchmarks/quality.py [--rows 16/4/4:fpq 4/4/8:fpq ...] [--sequences 8] [--rounds 1] [--windows 16]
 
-G = ln(perplexity / float perplexity). A row is BITS:RECIPE, with ``!`` after the bits to ignore the output head.
+G = ln(perplexity / float perplexity). A row is BITS:RECIPE, with ``!`` after the bits to ignore the output head. ``--cost``
+also gives each row's time in forward passes of the float model over the same calibration tokens (the median of three).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import statistics
 import time
 
 import torch
@@ -17,6 +19,7 @@ from common import WORK, record, smollm2, spread, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llm_fp4
+from llm_fp4.api.prepare import token_batches
 from llm_fp4.evaluation import compare
 from llm_fp4.recipe import Bits, Recipe
 
@@ -39,6 +42,18 @@ def recipe_of(row: str, rounds: int, **search: object) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
+@torch.no_grad()
+def forward_seconds(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    """Return the seconds of one forward pass over all tokens, the median of three."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for batch in token_batches(tokens, torch.device("cpu")):
+            model(**batch)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rows", nargs="+", default=ROWS)
@@ -46,6 +61,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--windows", type=int, default=16)
     arguments.add_argument("--propagation", choices=("sequential", "parallel"), default="sequential")
+    arguments.add_argument("--cost", action="store_true")
     arguments.add_argument("--name", default="quality")
     a = arguments.parse_args()
     source = smollm2()
@@ -63,6 +79,8 @@ def main() -> None:
         result = compare(reference, {row: llm_fp4.load(out)}, measured)
         flat, ours = result["float"], result[row]
         gap = math.log(ours.perplexity / flat.perplexity)
+        # measured beside the row, as the machine's speed drifts
+        forwards = {"forwards": seconds / forward_seconds(reference, tokens)} if a.cost else {}
         rows.append(
             {
                 "row": row,
@@ -72,10 +90,14 @@ def main() -> None:
                 "kl": ours.kl,
                 "top1": ours.top1,
                 "seconds": seconds,
+                "sequences": len(tokens),
+                "rounds": a.rounds,
+                **forwards,
             }
         )
         print(
-            f"{row:24s} ppl {ours.perplexity:14.2f} (float {flat.perplexity:.2f})  G {gap:6.3f}  KL {ours.kl:6.3f}  top-1 {ours.top1:.3f}  {seconds:5.0f} s",
+            f"{row:24s} ppl {ours.perplexity:14.2f} (float {flat.perplexity:.2f})  G {gap:6.3f}  KL {ours.kl:6.3f}  top-1 {ours.top1:.3f}  {seconds:5.0f} s"
+            + "".join(f" = {f:.1f} forward passes" for f in forwards.values()),
             flush=True,
         )
         record(a.name, rows)

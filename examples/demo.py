@@ -27,7 +27,7 @@ from llm_fp4.models import open_model
 
 HERE = Path(__file__).resolve().parent
 METHODS = [
-    ("MinMax INT4 (-7..7, the grid of E1M2)", "minmax-int"),
+    ("MinMax INT4", "minmax-int"),
     ("MinMax FP4 (E2M1)", "minmax-fp"),
     ("FPQ baseline", "fpq-baseline"),
     ("FPQ", "fpq"),
@@ -116,18 +116,21 @@ def main() -> None:
     with Bars() as bars:
         measured = compare(opened.model, models, windows(text, LENGTH), bars)
 
+    # narrow enough for a pipe's 80 columns
     table = Table(title="SmolLM2-135M-Instruct, embedding/weights/activations 4/4/4, output head 4 bits")
-    for column in ("method", "perplexity", "KL to float", "top-1 agreement", "MB on disk", "quantized in"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    table.add_row(
-        "float32 (dequantized GGUF)", f"{measured['float'].perplexity:.2f}", "0", "100 %", f"{size(out / 'float') / 1e6:.1f}", ""
-    )
+    for column in ("method", "perplexity", "KL", "top-1", "MB", "quantized"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    table.add_row("float32", f"{measured['float'].perplexity:.2f}", "0", "100 %", f"{size(out / 'float') / 1e6:.1f}", "")
     for title, recipe in METHODS:
         m = measured[title]
         table.add_row(
             title, f"{m.perplexity:,.2f}", f"{m.kl:.3f}", f"{100 * m.top1:.1f} %", f"{size(out / recipe) / 1e6:.1f}", f"{seconds[title]:.0f} s"
         )  # fmt: skip
     console.print(table)
+    console.print(
+        "   float32: the dequantized GGUF. KL and top-1 agreement: against it. MB: tensors on disk. quantized: seconds it took."
+        "\n   INT4 is symmetric, -7..7: the same grid as E1M2."
+    )
 
     console.print("[bold]5. The FPQ model writes[/] (greedy):")
     prompt = "The three most important things about the sea are"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import llm_fp4
-from llm_fp4.errors import CalibrationError, OutputError, RecipeError, UnsupportedError
+from llm_fp4.errors import CalibrationError, NonFiniteError, OutputError, RecipeError, UnsupportedError
 from llm_fp4.nn import QuantEmbedding, QuantLinear
 from llm_fp4.recipe import Bits, Recipe, load_recipe
 
@@ -153,6 +153,19 @@ def test_quantize_module_works_on_any_module_with_blocks() -> None:
         llm_fp4.quantize_module(Model(), [], recipe())
     with pytest.raises(UnsupportedError, match="no list of repeated blocks"):
         llm_fp4.quantize_module(nn.Sequential(nn.Linear(4, 4)), data, recipe())
+
+
+def test_an_error_leaves_a_module_as_it_was(tiny_llama: Callable[..., Any], tokens: Tensor) -> None:
+    model = tiny_llama().bfloat16()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    bad = torch.nn.Parameter(torch.full_like(model.model.layers[1].mlp.down_proj.weight, float("nan")))
+    model.model.layers[1].mlp.down_proj.weight = bad
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.down_proj"):
+        llm_fp4.quantize_module(model, [tokens], recipe())
+    assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
+    for n, t in model.state_dict().items():
+        assert t.dtype == torch.bfloat16
+        assert "layers.1.mlp.down_proj" in n or torch.equal(t, before[n]), n
 
 
 def test_more_bits_lose_less(tmp_path: Path, source: Path, tokens: Tensor, tiny_llama: Callable[..., Any]) -> None:

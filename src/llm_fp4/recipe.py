@@ -96,7 +96,8 @@ class SearchRules(_Strict):
 
     ``grid``: "log2" around the calibrated maximum, or the "paper"'s multiples of the bias. ``propagation``: inputs through
     the quantized blocks before, or the float model's own. ``compensation``: after the search, choose levels so that
-    later columns make up for the errors of earlier ones; ``damping`` is added to its Hessian.
+    later columns make up for the errors of earlier ones; ``damping`` is added to its Hessian; ``sweeps`` of coordinate
+    descent over levels and scales follow it, from ``starts`` different first scales.
     """
 
     grid: Literal["log2", "paper"] = "log2"
@@ -105,7 +106,9 @@ class SearchRules(_Strict):
     sample_tokens: int = Field(default=1024, ge=16)
     propagation: Literal["sequential", "parallel"] = "sequential"
     compensation: Literal["none", "gptq"] = "none"
-    damping: float = Field(default=0.01, gt=0, lt=1)
+    damping: float = Field(default=0.03, gt=0, lt=1)
+    sweeps: int = Field(default=4, ge=0)
+    starts: int = Field(default=3, ge=1, le=5)
 
 
 class Calibration(_Strict):

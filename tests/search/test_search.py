@@ -11,13 +11,14 @@ from torch import Tensor
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.numerics import fake_quantize, formats_of_width, parse, scale_of_max
 from llm_fp4.plan import InputSpec
-from llm_fp4.recipe import Recipe
+from llm_fp4.recipe import Recipe, SearchRules
 from llm_fp4.search import search_site
-from llm_fp4.search.compensation import compensate
+from llm_fp4.search.compensation import compensate, compensated, damped
 from llm_fp4.search.embedding import embedding_plan
 from llm_fp4.search.grids import Log2Grid, PaperGrid, search_formats
 from llm_fp4.search.inputs import OutputError
 from llm_fp4.search.ranking import as_operand
+from llm_fp4.search.refine import fit_scale, refine
 from llm_fp4.search.shift import channel_shift
 from llm_fp4.search.sinks import sink_ratio
 from llm_fp4.search.weights import choose_weight, weight_loss
@@ -136,10 +137,52 @@ def test_compensation_lowers_the_output_error_and_stays_on_the_grid(site: SiteSt
     fmt, weight = parse(name), weights()["q"]
     gram = site.quantized_gram(None)
     scale = scale_of_max(weight.abs().amax(1), fmt)
-    values = compensate(weight, gram, scale, fmt)
+    values = compensate(weight, damped(gram.qq, 0.01), scale, fmt)
     nearest = fake_quantize(weight, scale[:, None], fmt)
     assert torch.equal(fake_quantize(values, scale[:, None], fmt), values)
     assert weight_loss(weight, values, gram.qq, None).sum() < 0.8 * weight_loss(weight, nearest, gram.qq, None).sum()
+
+
+@pytest.mark.parametrize("name", ["e2m1", "e1m2", "e3m0"])
+def test_every_sweep_of_refinement_lowers_the_error_and_stays_on_the_grid(site: SiteStatistics, name: str) -> None:
+    fmt, weight = parse(name), weights()["q"]
+    hessian = damped(site.gram, 0.01)
+    scale = scale_of_max(weight.abs().amax(1), fmt)
+    values = compensate(weight, hessian, scale, fmt)
+    losses = [float(weight_loss(weight, values, hessian, None).sum())]
+    for sweeps in (1, 2, 4):
+        refined, fitted = refine(weight, values, hessian, scale, fmt, sweeps)
+        assert torch.equal(fake_quantize(refined, fitted[:, None], fmt), refined)
+        losses.append(float(weight_loss(weight, refined, hessian, None).sum()))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.97 * losses[0]
+
+
+def test_more_starts_find_a_lower_error(site: SiteStatistics) -> None:
+    fmt, weight = parse("e2m1"), weights()["q"]
+    scale = scale_of_max(weight.abs().amax(1), fmt)
+    losses = []
+    for starts in (1, 3, 5):
+        values, fitted = compensated(weight, Gram(site.gram, None, None), scale, fmt, SearchRules(starts=starts))
+        assert torch.equal(fake_quantize(values, fitted[:, None], fmt), values)
+        losses.append(float(weight_loss(weight, values, damped(site.gram, 0.03), None).sum()))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+
+
+def test_a_fitted_scale_is_the_best_one_and_an_empty_row_keeps_its_own(site: SiteStatistics) -> None:
+    weight = weights()["q"].t()
+    levels = weight.div(0.1).round()
+    levels[:, 3] = 0
+    first = torch.full((weight.shape[1],), 0.1)
+    fitted = fit_scale(weight, levels, site.gram, first)
+    assert fitted[3] == first[3]
+
+    def loss(scale: Tensor) -> Tensor:
+        return weight_loss(weight.t(), (levels * scale).t(), site.gram, None)
+
+    assert (loss(fitted) <= loss(fitted * 1.01) + 1e-3).all()
+    assert (loss(fitted) <= loss(fitted * 0.99) + 1e-3).all()
 
 
 def site_error(statistics: SiteStatistics, recipe: Recipe) -> float:
@@ -221,8 +264,9 @@ def test_compensation_makes_up_for_the_error_of_the_input_too(site: SiteStatisti
     gram = site.quantized_gram(lambda x: fake_quantize_input(x, spec, scale, None, None))
     assert gram.eq is not None
     step = scale_of_max(weight.abs().amax(1), fmt)
-    knowing = compensate(weight, gram, step, fmt)
-    ignorant = compensate(weight, Gram(gram.qq, None, None), step, fmt)
+    plain = SearchRules(sweeps=0, starts=1)
+    knowing, _ = compensated(weight, gram, step, fmt, plain)
+    ignorant, _ = compensated(weight, Gram(gram.qq, None, None), step, fmt, plain)
     rows = fake_quantize_input(site.tokens.rows, spec, scale, None, None)
     assert output_error(site, weight, knowing, rows) < 0.9 * output_error(site, weight, ignorant, rows)
 
@@ -230,8 +274,9 @@ def test_compensation_makes_up_for_the_error_of_the_input_too(site: SiteStatisti
 def test_compensation_of_a_dead_input_is_plain_rounding_or_as_good() -> None:
     weight = weights()["q"]
     gram = Gram(torch.zeros(48, 48), torch.zeros(48, 48), torch.zeros(48, 48))
-    values = compensate(weight, gram, scale_of_max(weight.abs().amax(1), parse("e2m1")), parse("e2m1"))
+    values, scale = compensated(weight, gram, scale_of_max(weight.abs().amax(1), parse("e2m1")), parse("e2m1"), SearchRules())
     assert torch.isfinite(values).all()
+    assert (scale > 0).all()
 
 
 def test_a_shared_embedding_serves_the_head_better_than_its_rows_alone() -> None:

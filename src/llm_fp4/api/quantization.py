@@ -20,7 +20,7 @@ from llm_fp4.api.calibrate import calibration_tokens
 from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, token_batches
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError
-from llm_fp4.models import Batch, FloatModel, InMemory, Structure, open_model, weight_shapes
+from llm_fp4.models import Batch, FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
 from llm_fp4.nn import QuantEmbedding
 from llm_fp4.pipeline import Job, parts
 from llm_fp4.progress import Progress, silent
@@ -102,7 +102,9 @@ def _keeping_what_is_finished(store: RunStore) -> Iterator[None]:
     """
     try:
         yield
+        store.close()
     except BaseException as error:
+        store.close()
         if store.done == 0 and store.tokens() is None:
             shutil.rmtree(store.folder, ignore_errors=True)
         if isinstance(error, OSError):
@@ -113,7 +115,7 @@ def _keeping_what_is_finished(store: RunStore) -> Iterator[None]:
 def quantize_module(
     model: nn.Module, batches: Iterable[Any], recipe: Recipe | str = "fpq", *, progress: Progress = silent
 ) -> nn.Module:
-    """Quantize ``model`` in place, calibrated on ``batches``, and return it.
+    """Quantize ``model`` in place, calibrated on ``batches``, and return it; an error leaves it as it was.
 
     Args:
         model: any module with a list of repeated blocks. batches: each a mapping of keyword arguments, or one tensor
@@ -128,17 +130,25 @@ def quantize_module(
     if not prepared:
         raise CalibrationError("no calibration batches were given; pass an iterable of at least one model input")
     dtypes, training = {n: t.dtype for n, t in _all_tensors(model)}, model.training
+    originals = {n: model.get_submodule(n) for n in structure.names()}
     model.float().eval()
-    with float32_everywhere(model, device), tempfile.TemporaryDirectory() as folder:
-        store = RunStore(Path(folder), {}, len(structure.blocks) + 2)
-        Job(model, structure, InMemory(model), recipe, prepared, store, device, progress, keep=True).run()
-    for name, tensor in _all_tensors(model):  # what was not quantized gets its own dtype back
-        if dtypes.get(name, tensor.dtype) != tensor.dtype:
-            tensor.data = tensor.data.to(dtypes[name])
+    try:
+        with float32_everywhere(model, device), tempfile.TemporaryDirectory() as folder:
+            store = RunStore(Path(folder), {}, len(structure.blocks) + 2)
+            Job(model, structure, InMemory(model), recipe, prepared, store, device, progress, keep=True).run()
+    except BaseException:
+        for name, module in originals.items():  # all or nothing
+            set_module(model, name, module)
+        raise
+    finally:
+        for name, tensor in _all_tensors(model):  # what was not quantized gets its own dtype back
+            if dtypes.get(name, tensor.dtype) != tensor.dtype:
+                tensor.data = tensor.data.to(dtypes[name])
+        model.train(training)
     for name in (*structure.embeddings, *structure.aliases):
         if isinstance(table := model.get_submodule(name), QuantEmbedding):
             table._dtype = table._dtype.to(dtypes[f"{structure.aliases.get(name, name)}.weight"])
-    return model.train(training)
+    return model
 
 
 def _all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -7,6 +7,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from llm_fp4.errors import OutputError
 from llm_fp4.storage import read_tree, write_tree
 
 
@@ -27,8 +30,18 @@ class BlockOutputs:
         write_tree(place / f"{batch:05d}.safetensors", tree, block)
 
     def load(self, block: str, batch: int) -> Any:
-        """Return what ``block`` returned for ``batch``, over mapped files."""
-        return read_tree(self.folder / block / f"{batch:05d}.safetensors")
+        """Return what ``block`` returned for ``batch``, over mapped files.
+
+        Raises:
+            OutputError: a file is missing or damaged.
+        """
+        path = self.folder / block / f"{batch:05d}.safetensors"
+        try:
+            return read_tree(path)
+        except (SafetensorError, OSError, ValueError, KeyError):
+            raise OutputError(
+                f"{path} is damaged or missing, so the run cannot go on; remove the unfinished output and start again"
+            ) from None
 
     def keep(self, blocks: Collection[str]) -> None:
         """Forget the outputs of all other blocks."""

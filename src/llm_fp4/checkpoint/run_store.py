@@ -12,7 +12,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,47 +21,73 @@ from llm_fp4.checkpoint.outputs import BlockOutputs
 from llm_fp4.errors import OutputError
 from llm_fp4.storage import output_error, write_json, write_tensors
 
-_OWN = {"state", "checkpoint", "scratch", "run.json", ".run.json.tmp"}
+_LOCK = "lock"
+_OWN = {"state", "checkpoint", "scratch", "run.json", ".run.json.tmp", _LOCK}
 
 
 class RunStore:
-    """The working directory of one run.
+    """The working directory of one run, which holds it locked until :meth:`close`.
 
     Args:
         folder: created if it is not there. fingerprint: what must be equal for the run to be continued.
         units: how many units the run has. shards: False keeps no tensors (an in-memory run).
     Raises:
-        OutputError: the folder belongs to a run with another fingerprint, or cannot be written.
+        OutputError: the folder belongs to a run with another fingerprint or to one at work, or cannot be written.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any], units: int, shards: bool = True) -> None:
         self.folder, self.units, self._shards = folder, units, shards
         self.state, self.checkpoint = folder / "state", folder / "checkpoint"
-        identity, progress = folder / "run.json", self.state / "progress.json"
+        strange = folder.is_dir() and not (folder / "run.json").is_file()
+        if strange and (names := sorted({p.name for p in folder.iterdir()} - _OWN)):
+            raise OutputError(f"{folder} holds {names[0]}, which no run of llm-fp4 wrote; remove it or choose another output")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / _LOCK, timeout=0, is_singleton=True)  # the system frees it if the process dies
+            self._lock.acquire()
+        except Timeout:
+            raise OutputError(f"another process is writing {folder}; wait for it or choose another output") from None
+        except OSError as error:
+            raise output_error(error, folder) from None
+        try:
+            self._open(fingerprint)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, fingerprint: dict[str, Any]) -> None:
+        """Continue the run that ``folder`` holds, or begin one."""
+        identity, progress = self.folder / "run.json", self.state / "progress.json"
         found, finished = _json(identity), _json(progress).get("done", 0)
-        if folder.is_dir() and not found:
-            if strangers := sorted({p.name for p in folder.iterdir()} - _OWN):
-                raise OutputError(
-                    f"{folder} holds {strangers[0]}, which no run of llm-fp4 wrote; remove it or choose another output"
-                )
-            shutil.rmtree(folder)  # what is left of a run killed while it began or was cleared away
+        if not found:
+            self._clear()  # what is left of a run killed while it began or was cleared away
             finished = 0
         elif different := sorted(k for k in {*found, *fingerprint} if found.get(k) != fingerprint.get(k)):
             if finished:
                 raise OutputError(
-                    f"{folder} holds an unfinished run with another {', '.join(different)}; remove it or choose another output"
+                    f"{self.folder} holds an unfinished run with another {', '.join(different)}; remove it or choose another output"
                 )
-            shutil.rmtree(folder, ignore_errors=True)  # nothing is lost: that run had finished nothing
+            self._clear()  # nothing is lost: that run had finished nothing
         try:
-            self.state.mkdir(parents=True, exist_ok=True)
+            self.state.mkdir(exist_ok=True)
             self.checkpoint.mkdir(exist_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
         except OSError as error:
-            raise output_error(error, folder) from None
+            raise output_error(error, self.folder) from None
         write_json(identity, fingerprint)
         self.done: int = finished
         self.outputs = BlockOutputs(self.state / "outputs")
+
+    def _clear(self) -> None:
+        """Remove everything but the lock."""
+        (self.folder / "run.json").unlink(missing_ok=True)
+        for own in (self.state, self.checkpoint, self.scratch):
+            shutil.rmtree(own, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let other processes continue the run."""
+        self._lock.release()
 
     @property
     def scratch(self) -> Path:
@@ -88,7 +115,7 @@ class RunStore:
     def tokens(self) -> Tensor | None:
         """Return the calibration tokens stored earlier, or None."""
         path = self.state / "tokens.safetensors"
-        return load_file(path)["tokens"] if path.is_file() else None
+        return _tensors(path, self.folder)["tokens"] if path.is_file() else None
 
     def plans(self) -> list[dict[str, Any]]:
         """Return the plans of all finished units, in order."""
@@ -98,14 +125,34 @@ class RunStore:
         """Return tensor name → shard of every finished shard."""
         found = {}
         for unit in range(self.done):
-            with safe_open(self.checkpoint / self.shard_name(unit), "pt") as handle:
-                found.update(dict.fromkeys(handle.keys(), self.shard_name(unit)))
+            shard = self.checkpoint / self.shard_name(unit)
+            try:
+                with safe_open(shard, "pt") as handle:
+                    found.update(dict.fromkeys(handle.keys(), shard.name))
+            except (SafetensorError, OSError):
+                raise _damaged(shard, self.folder) from None
         return found
 
     def saved(self, unit: int) -> dict[str, Tensor]:
         """Return the tensors of a finished unit's shard."""
-        tensors: dict[str, Tensor] = load_file(self.checkpoint / self.shard_name(unit))
-        return tensors
+        return _tensors(self.checkpoint / self.shard_name(unit), self.folder)
+
+
+def _damaged(path: Path, folder: Path) -> OutputError:
+    return OutputError(f"{path} is damaged, so the unfinished run cannot be continued; remove {folder} and start again")
+
+
+def _tensors(path: Path, folder: Path) -> dict[str, Tensor]:
+    """Return the tensors in ``path``, a file of the run in ``folder``.
+
+    Raises:
+        OutputError: the file is missing or damaged.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError):
+        raise _damaged(path, folder) from None
+    return tensors
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -117,7 +164,5 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
-        raise OutputError(
-            f"{path} is damaged, so the unfinished run cannot be continued; remove {path.parent} and start again"
-        ) from None
+        raise _damaged(path, path.parent) from None
     return data

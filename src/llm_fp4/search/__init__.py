@@ -41,7 +41,7 @@ def search_site(
     else:
         result = descend(name, weights, statistics, rules, recipe.search, per_token=per_token, fixed=fixed)
         if recipe.search.compensation == "gptq":
-            compensate_site(weights, statistics, result, recipe.search.damping, fixed)
+            compensate_site(weights, statistics, result, recipe.search, fixed)
     result.rounded |= {n: f.values for n, f in (fixed or {}).items()}
     if result.input is not None:
         result.input.sink_ratio, result.input.reason = ratio, reason

@@ -10,7 +10,7 @@ from torch import Tensor
 from llm_fp4.numerics import FloatFormat, fake_quantize, scale_of_max
 from llm_fp4.plan import WeightPlan
 from llm_fp4.recipe import SearchRules
-from llm_fp4.search.compensation import compensate
+from llm_fp4.search.compensation import compensated
 from llm_fp4.search.descent import grids
 from llm_fp4.search.weights import choose_weight
 from llm_fp4.statistics import Gram
@@ -40,6 +40,7 @@ def embedding_plan(
     rounded = fake_quantize(weight, choice.scale.unsqueeze(1), choice.format)
     if head_gram is not None and search.compensation == "gptq":
         joint = head_gram + penalty * torch.eye(len(head_gram), device=head_gram.device)
-        rounded = compensate(weight, Gram(joint, None, None), choice.scale, choice.format, search.damping)
+        joint_gram = Gram(joint, None, None)
+        rounded, choice.scale = compensated(weight, joint_gram, choice.scale, choice.format, search)
     error = float((weight - rounded).double().square().sum() / energy.clamp_min(1e-30))
     return WeightPlan(name, choice.format, choice.scale, error), rounded

@@ -1,0 +1,58 @@
+"""Coordinate descent over levels and scales: what is left after error compensation has gone through the columns once.
+
+GPTQ decides each column knowing only the columns after it can still change. Going through them again, every level may
+answer to all the others, and each row's scale to all its levels; neither step can increase the error.
+
+Source: the coordinate-descent view of layer-wise quantization is QuantEase, arXiv:2309.01885, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm_fp4.numerics import FloatFormat, fake_quantize
+
+_BLOCK = 128  # columns between two updates of all columns
+
+
+def fit_scale(target: Tensor, levels: Tensor, hessian: Tensor, scale: Tensor) -> Tensor:
+    """Return the (out,) scales that minimise ``|(target - scale * levels) X'|^2`` row by row for given levels.
+
+    A row keeps its ``scale`` where the best one is not positive (its levels are all zero, say).
+
+    Args:
+        target, levels: (in, out) float32. hessian: (in, in) X'X. scale: (out,).
+    """
+    seen = hessian @ levels
+    up, down = (target * seen).sum(0), (levels * seen).sum(0)
+    fitted = up / down.clamp_min(1e-30)
+    return torch.where((down > 0) & (fitted > 2.0**-126), fitted, scale)
+
+
+def refine(target: Tensor, values: Tensor, hessian: Tensor, scale: Tensor, fmt: FloatFormat, sweeps: int) -> tuple[Tensor, Tensor]:
+    """Return (out, in) values and (out,) scales whose output error is at most that of ``values``.
+
+    Args:
+        target: (out, in) float32, the weight wanted. values: (out, in) on the grid of ``scale`` (out,).
+        hessian: (in, in) X'X of the input, damped as the compensation wants it; its diagonal is positive.
+        sweeps: passes over all columns, each followed by a fit of the scales.
+    """
+    goal, now = target.t().contiguous(), values.t().contiguous()  # (in, out): a column of the weight is contiguous
+    diagonal = hessian.diagonal()
+    for _ in range(sweeps):
+        levels = (now / scale).round_()
+        scale = fit_scale(goal, levels, hessian, scale)
+        now = levels * scale
+        slope = hessian @ (goal - now)  # (in, out): minus half the gradient
+        for start in range(0, len(goal), _BLOCK):
+            stop = min(start + _BLOCK, len(goal))
+            local, before = slope[start:stop].clone(), now[start:stop].clone()
+            within = hessian[start:stop, start:stop]
+            for i in range(stop - start):
+                j = start + i
+                moved = fake_quantize(now[j] + local[i] / diagonal[j], scale, fmt)
+                local.addr_(within[i], moved - now[j], alpha=-1.0)
+                now[j] = moved
+            slope.addmm_(hessian[:, start:stop], now[start:stop] - before, alpha=-1.0)
+    return now.t().contiguous(), scale
