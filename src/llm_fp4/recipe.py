@@ -91,6 +91,21 @@ class InputRules(_Strict):
     _check = field_validator("formats")(_check_formats)
 
 
+class AttentionRules(_Strict):
+    """How the inputs of attention's two products, query · key' and probability · value, are quantized; 16 bits leave them in float.
+
+    ``formats``: candidates; None: those of the inputs, or all. ``unsigned``: probabilities, never negative, take unsigned formats.
+    """
+
+    bits: int = FLOAT_BITS
+    formats: list[str] | None = None
+    unsigned: bool = True
+    granularity: Literal["per_tensor", "per_head"] = "per_tensor"
+
+    _bits = field_validator("bits")(_check_bits)
+    _formats = field_validator("formats")(_check_formats)
+
+
 class SearchRules(_Strict):
     """Effort of the search.
 
@@ -151,6 +166,7 @@ class Recipe(_Strict):
     bits: Bits = Bits()
     weights: WeightRules = WeightRules()
     inputs: InputRules = InputRules()
+    attention: AttentionRules = AttentionRules()
     search: SearchRules = SearchRules()
     calibration: Calibration = Calibration()
     targets: list[str] = ["*"]
@@ -201,6 +217,25 @@ class Recipe(_Strict):
     def embedding_formats(self) -> tuple[FloatFormat, ...]:
         """Return the candidate formats of embeddings; empty where they stay float."""
         return self._candidates(self.bits.embedding, self.weights.formats, "the embedding")
+
+    def attention_formats(self) -> tuple[tuple[FloatFormat, ...], tuple[FloatFormat, ...]]:
+        """Return the candidate formats of query, key and value, and those of probabilities; empty where they stay float."""
+        bits, rules = self.attention.bits, self.attention
+        if bits == FLOAT_BITS:
+            return (), ()
+        names = rules.formats if rules.formats is not None else self.inputs.formats
+        if names is None:
+            if self.method in ("minmax", "smoothquant"):
+                standard = self._candidates(bits, None, "attention")
+                first = standard[0]
+                return standard, (FloatFormat(first.exponent_bits, first.mantissa_bits + 1, signed=False),) if rules.unsigned else standard
+            return formats_of_width(bits), formats_of_width(bits, signed=not rules.unsigned)
+        signed = self._candidates(bits, [n for n in names if n == "int" or parse(n).signed], "attention")
+        if not rules.unsigned:
+            return signed, signed
+        given = tuple(parse(f"uint{bits}") if n == "int" else parse(n) for n in names)
+        unsigned = tuple(f for f in given if f.bits == bits and not f.signed)
+        return signed, unsigned or signed
 
     def _candidates(self, bits: int, names: list[str] | None, what: str) -> tuple[FloatFormat, ...]:
         if bits == FLOAT_BITS:

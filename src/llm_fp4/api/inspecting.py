@@ -11,7 +11,7 @@ from torch import nn
 
 from llm_fp4.api.loading import is_checkpoint
 from llm_fp4.api.prepare import checked_structure
-from llm_fp4.checkpoint import read_config, verify
+from llm_fp4.checkpoint import read_attention, read_config, verify
 from llm_fp4.errors import CheckpointError
 from llm_fp4.models import FloatModel, Structure, open_model
 from llm_fp4.nn import linear_shape
@@ -51,6 +51,22 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class AttentionReport:
+    """The two products of one attention module.
+
+    Attributes:
+        formats: of query, key, probability and value, candidates where not quantized yet; all empty where they stay float.
+        errors: squared error over the squared product of query · key' and of probability · value.
+        reason: why they are float.
+    """
+
+    name: str
+    formats: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+    errors: tuple[float | None, float | None] = (None, None)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What a model holds.
 
@@ -58,6 +74,7 @@ class Inspection:
         quantized: whether it is a checkpoint of ours; else the layers say what ``recipe`` would do.
         bytes: size of the tensors on disk, or of the parameters in their stored type for a float model.
         float_bytes: of the float model a checkpoint was made from.
+        attention: its attention modules, where their products are quantized or were to be.
     """
 
     origin: str
@@ -69,6 +86,7 @@ class Inspection:
     bytes: int
     float_bytes: int | None
     layers: list[LayerReport] = field(default_factory=list)
+    attention: list[AttentionReport] = field(default_factory=list)
 
 
 def inspect_model(source_or_dir: str | Path | FloatModel, recipe: Recipe | str = "fpq") -> Inspection:
@@ -113,7 +131,22 @@ def _checkpoint(folder: Path) -> Inspection:
     described = {k: str(quantization.get(k, "")) for k in ("recipe", "method", "bits")}
     size = sum(f.stat().st_size for f in sorted({*files.where.values()}))
     architecture = str((config.get("architectures") or ["unknown"])[0])
-    return Inspection(str(folder), True, architecture, **described, bytes=size, float_bytes=plan.get("float_bytes"), layers=layers)
+    return Inspection(
+        str(folder), True, architecture, **described, bytes=size, float_bytes=plan.get("float_bytes"), layers=layers,
+        attention=_attention(folder, plan),
+    )  # fmt: skip
+
+
+def _attention(folder: Path, plan: dict[str, Any]) -> list[AttentionReport]:
+    """Return the attention modules of a checkpoint, and those the plan says were left in float."""
+    decided, found = plan.get("attention", {}), []
+    for name, spec in read_attention(read_config(folder)["quantization_config"], str(folder)).items():
+        first, second, third, fourth = ((f.name,) for f in spec.formats)
+        products = decided.get(name)
+        errors = (products[0]["error"], products[1]["error"]) if isinstance(products, list) else (None, None)
+        found.append(AttentionReport(name, (first, second, third, fourth), errors))
+    left = {n: p["reason"] for n, p in decided.items() if isinstance(p, dict)}
+    return found + [AttentionReport(n, ((), (), (), ()), reason=reason) for n, reason in left.items()]
 
 
 def _plan(folder: Path) -> dict[str, Any]:
@@ -153,7 +186,18 @@ def _float(opened: FloatModel, recipe: Recipe) -> Inspection:
         opened.bytes_float,
         None,
         layers,
+        _wished_attention(opened.model, recipe),
     )
+
+
+def _wished_attention(model: nn.Module, recipe: Recipe) -> list[AttentionReport]:
+    """Return what the recipe wants of attention; which modules have the seam is only known once they run."""
+    signed, probabilities = (tuple(f.name for f in formats) for formats in recipe.attention_formats())
+    if not signed:
+        return []
+    if getattr(model, "_can_set_attn_implementation", lambda: False)():
+        return [AttentionReport("every attention", (signed, signed, probabilities, signed))]
+    return [AttentionReport("every attention", ((), (), (), ()), reason="left in float: the model has no attention interface")]
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:

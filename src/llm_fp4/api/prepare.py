@@ -93,6 +93,17 @@ def float32_everywhere(model: nn.Module, device: torch.device) -> Iterator[None]
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def route_attention(model: nn.Module, recipe: Recipe) -> None:
+    """Let the attention of ``model`` run where its products can be quantized, if the recipe wants that.
+
+    Where the model has no such seam its attention stays in float, and the plan says so.
+    """
+    if recipe.attention_formats()[0]:
+        from llm_fp4.integrations.attention import use_quantized_attention
+
+        use_quantized_attention(model)
+
+
 def as_batch(model: nn.Module, batch: Any, device: torch.device) -> Batch:
     """Return one calibration input as keyword arguments of ``model``, its tensors on ``device``, without a cache of keys."""
     parameters = inspect.signature(model.forward).parameters

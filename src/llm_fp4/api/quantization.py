@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from llm_fp4.api.calibrate import calibration_tokens
-from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, token_batches
+from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, route_attention, token_batches
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError
 from llm_fp4.models import Batch, FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
-from llm_fp4.nn import QuantEmbedding
+from llm_fp4.nn import CHILD, QuantEmbedding
 from llm_fp4.pipeline import Job, parts
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
@@ -85,6 +85,7 @@ def _fill(
     float_bytes = opened.bytes_float
     if batches is None:
         batches = token_batches(calibration_tokens(opened, recipe, store, progress, tokens), target)
+    route_attention(opened.model, recipe)
     with float32_everywhere(opened.model, target):
         Job(opened.model, structure, opened.source, recipe, batches, store, target, progress).run()
     finish_checkpoint(
@@ -132,6 +133,8 @@ def quantize_module(
     dtypes, training = {n: t.dtype for n, t in _all_tensors(model)}, model.training
     originals = {n: model.get_submodule(n) for n in structure.names()}
     model.float().eval()
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    route_attention(model, recipe)
     try:
         with float32_everywhere(model, device), tempfile.TemporaryDirectory() as folder:
             store = RunStore(Path(folder), {}, len(structure.blocks) + 2)
@@ -139,6 +142,10 @@ def quantize_module(
     except BaseException:
         for name, module in originals.items():  # all or nothing
             set_module(model, name, module)
+        for module in model.modules():
+            module._modules.pop(CHILD, None)
+        if attention is not None:
+            model.set_attn_implementation(attention)  # type: ignore[operator]
         raise
     finally:
         for name, tensor in _all_tensors(model):  # what was not quantized gets its own dtype back

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from llm_fp4.checkpoint.attention import read_attention, verify_attention
 from llm_fp4.errors import CheckpointError, LlmFp4Error
+from llm_fp4.nn import CHILD
 from llm_fp4.numerics import FloatFormat, packed_width, parse
 from llm_fp4.plan import InputSpec
 from llm_fp4.storage import TensorFiles
@@ -170,8 +172,10 @@ def verify(folder: Path) -> Manifest:
     Raises:
         CheckpointError: anything missing, truncated, or of another shape than the manifest says.
     """
-    manifest = read_manifest(read_config(folder)["quantization_config"], str(folder))
+    quantization = read_config(folder)["quantization_config"]
+    manifest = read_manifest(quantization, str(folder))
     files = TensorFiles(folder, CheckpointError)
+    verify_attention(read_attention(quantization, str(folder)), files, CHILD)
     for name, entry in manifest.items():
         for suffix, shape in entry.tensors().items():
             full = f"{name}.{suffix}"

@@ -20,14 +20,18 @@ from llm_fp4.checkpoint import RunStore
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, set_module, weight_shapes
 from llm_fp4.numerics import QuantizedTensor
+from llm_fp4.pipeline.attention import AttentionSites
 from llm_fp4.pipeline.embeddings import lookups, quantize_embedding, selected_embeddings, stored_table
 from llm_fp4.pipeline.sites import Decided, Linears, decide_site, quantized_layers, split_sites, stored_layer
 from llm_fp4.pipeline.tied import Runs, float_head_gram, parts, shared_heads
-from llm_fp4.plan import FixedWeight, WeightPlan
+from llm_fp4.plan import ATTENTION_INPUTS, FixedWeight, WeightPlan
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe
 
-PACKED = ("weight_packed", "weight_scale", "input_scale", "input_shift", "input_smooth")  # stored as they are
+# stored as they are
+PACKED = (
+    "weight_packed", "weight_scale", "input_scale", "input_shift", "input_smooth", *(f"{n}_scale" for n in ATTENTION_INPUTS),
+)  # fmt: skip
 
 
 @dataclass
@@ -127,13 +131,17 @@ class Job:
         run = partial(self.runner.run, name)
         if not self.sequential:
             self._save_outputs(name)
+        attention = AttentionSites(self.model.get_submodule(name), name, self.recipe, selected, run, len(self.batches))
         decided = []
         for group in split_sites(shared_inputs(selected, lambda: run(0)), selected, self.recipe):
+            attention.decide(group[0], plans, self.sequential)
             decided.append(self._decide(group, selected, run, plans))
             if self.sequential:  # otherwise every site of the block reads what it reads in the float model
                 self._replace(decided.pop())
+        attention.decide(None, plans, self.sequential)
         for site in decided:
             self._replace(site)
+        attention.place()
         if self.sequential:
             self._save_outputs(name)
 
