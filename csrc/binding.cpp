@@ -1,6 +1,7 @@
 // The C interface that Python loads; kernels/cpu.py declares it once more. Arguments are checked there.
 #include <new>
 
+#include "decoder.h"
 #include "dispatch.h"
 #include "linear.h"
 
@@ -9,7 +10,7 @@
 using namespace llm_fp4;
 
 // Raised with every change of an argument list.
-EXPORT int llm_fp4_version() { return 1; }
+EXPORT int llm_fp4_version() { return 2; }
 
 EXPORT int llm_fp4_select(const char* name) { return select(name) ? 1 : 0; }
 
@@ -47,6 +48,34 @@ EXPORT int llm_fp4_float_linear(const float* x, int64_t tokens, int64_t in, cons
                                 const float* bias, int exponent_bits, int mantissa_bits, float* y, int threads) try {
   const Weight w = make_weight(codes, out, in, {exponent_bits, mantissa_bits, true});
   float_linear(kernels(), w, x, tokens, scale, bias, y, threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+EXPORT int llm_fp4_norm_quantize_input(const void* x, int bfloat16, int64_t tokens, int64_t in, const float* weight, const float* bias,
+                                       double eps, int centered, const float* scale, const uint8_t* shift, const float* smooth,
+                                       int exponent_bits, int mantissa_bits, int is_signed, int max_shift, int per_token, void* levels,
+                                       float* step, int threads) try {
+  const Format format{exponent_bits, mantissa_bits, is_signed != 0};
+  norm_quantize_input(kernels(), {weight, bias, eps, centered},
+                      {x, bfloat16 != 0, tokens, in, scale, shift, smooth, format, max_shift, per_token != 0, levels, step}, threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// `norm` may be null
+EXPORT int llm_fp4_site_linear(const Norm* norm, const Site* site, const float* x, float* y, int threads) try {
+  site_linear(kernels(), norm, *site, x, y, threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+EXPORT int llm_fp4_run_blocks(const Block* blocks, int64_t count, float* hidden, const float* cosine, const float* sine, int64_t rotary,
+                              int64_t position, int threads) try {
+  for (int64_t i = 0; i < count; ++i) run_block(kernels(), blocks[i], hidden, cosine, sine, rotary, position, threads);
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

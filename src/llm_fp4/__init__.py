@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "quantize": "llm_fp4.api", "quantize_module": "llm_fp4.api", "load": "llm_fp4.api", "evaluate": "llm_fp4.api",
-    "inspect_model": "llm_fp4.api", "Recipe": "llm_fp4.recipe", "load_recipe": "llm_fp4.recipe",
+    "export": "llm_fp4.api", "inspect_model": "llm_fp4.api", "Recipe": "llm_fp4.recipe", "load_recipe": "llm_fp4.recipe",
     "FloatFormat": "llm_fp4.numerics", "LlmFp4Error": "llm_fp4.errors",
 }  # fmt: skip
 

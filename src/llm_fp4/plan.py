@@ -8,13 +8,14 @@ scales and shifts travel as tensors; errors and reasons stay in ``plan.json`` fo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_fp4.errors import CheckpointError, UnsupportedError
-from llm_fp4.numerics import FloatFormat, parse
+from llm_fp4.errors import CheckpointError, RecipeError, UnsupportedError
+from llm_fp4.numerics import FloatFormat, PerBlock, PerRow, parse, parse_granularity, scale_values, step_of
 
 LIMB = 127  # the largest magnitude of one signed int8 limb
 TWO_LIMBS = 16383  # high * 128 + low with low in 0..127 and high in -128..127
@@ -25,8 +26,9 @@ class InputSpec:
     """How an input is quantized, without the numbers.
 
     Attributes:
-        granularity: "per_tensor" (static scale) or "per_token" (the scale of each row is its largest
-            shifted magnitude times the stored ratio, over the largest level).
+        granularity: "per_tensor" (static scale), "per_token" (the scale of each row is its largest
+            shifted magnitude times the stored ratio, over the largest level), or "per_block_16_e4m3" and the like (the scale of
+            each block is its largest magnitude over the largest value, rounded to E4M3 over the stored scale).
         max_shift: the largest channel shift, 0 where there is none.
         smooth: whether a real factor per channel divides the input first (SmoothQuant).
     """
@@ -39,14 +41,31 @@ class InputSpec:
     transform: str | None = None
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("per_tensor", "per_token"):
-            raise UnsupportedError(f"input granularity {self.granularity!r} is not implemented; use per_tensor or per_token")
+        if self.granularity not in ("per_tensor", "per_token") and self.blocks is None:
+            raise UnsupportedError(
+                f"input granularity {self.granularity!r} is not implemented; use per_tensor, per_token or per_block_16_e4m3, say"
+            )
+        if self.blocks is not None and (self.max_shift or self.smooth):
+            raise UnsupportedError("channel shifts and smoothing of inputs with block scales are not implemented; leave them out")
         if self.offset:
             raise UnsupportedError("input offset is not implemented in this version; leave it out of the plan")
         if self.transform is not None:
             raise UnsupportedError(f"input transform {self.transform!r} is not implemented; leave it out of the plan")
         if not 0 <= self.max_shift <= 127:
             raise UnsupportedError(f"input max_shift {self.max_shift} is outside 0 to 127")
+
+    @cached_property
+    def blocks(self) -> PerBlock | None:
+        """The blocks that share a scale, None where whole rows or tensors do."""
+        if not self.granularity.startswith("per_block"):
+            return None
+        try:
+            blocks = parse_granularity(self.granularity)
+        except RecipeError as error:
+            raise UnsupportedError(f"input granularity: {error}") from None
+        if not isinstance(blocks, PerBlock) or blocks.scale_dtype == "float32":
+            raise UnsupportedError(f"input granularity {self.granularity!r} names no stored scale; write per_block_16_e4m3, say")
+        return blocks
 
     @property
     def top(self) -> int:
@@ -56,6 +75,8 @@ class InputSpec:
     @property
     def limbs(self) -> int:
         """How many int8 limbs hold the shifted levels; 0 where two do not suffice and the product is in float."""
+        if self.blocks is not None:
+            return 0
         return 1 if self.top <= LIMB else 2 if self.top <= TWO_LIMBS else 0
 
     def to_json(self) -> dict[str, Any]:
@@ -111,16 +132,32 @@ class InputPlan:
 
 @dataclass
 class WeightPlan:
-    """The decision for one weight: format and scales; ``error`` is that of its own output, relative."""
+    """The decision for one weight: format and scales; ``error`` is that of its own output, relative.
+
+    Attributes:
+        scale: (out,) float32, the step of each row; or (out, blocks) stored scales of blocks.
+        second_scale: () float32 over E4M3 scales of blocks, the same for all operands of a site.
+    """
 
     name: str
     format: FloatFormat
-    scale: Tensor  # (out,) float32
+    scale: Tensor
     error: float | None = None
+    granularity: PerRow | PerBlock = field(default_factory=PerRow)
+    second_scale: Tensor | None = None
+
+    def step(self, columns: int) -> Tensor:
+        """Return the float32 step of every value: (out, 1), or (out, columns) for block scales."""
+        step = step_of(self.scale, self.format, self.granularity, self.second_scale)
+        return self.granularity.expand(step, (len(step), columns))
 
     def to_json(self) -> dict[str, Any]:
-        s = self.scale
-        return {"format": self.format.name, "scale_min": float(s.min()), "scale_max": float(s.max()), "error": self.error}
+        s = scale_values(self.scale) if isinstance(self.granularity, PerBlock) else self.scale
+        out = {"format": self.format.name, "scale_min": float(s.min()), "scale_max": float(s.max()), "error": self.error}
+        if isinstance(self.granularity, PerBlock):
+            second = None if self.second_scale is None else float(self.second_scale)
+            out |= {"granularity": self.granularity.name, "second_scale": second}
+        return out
 
 
 @dataclass

@@ -41,7 +41,7 @@ def check_quantize(x: Tensor, scale: float, shift: Tensor | None, smooth: Tensor
             x, torch.tensor(scale), shift, smooth, fmt.exponent_bits, fmt.mantissa_bits, fmt.signed, max_shift, per_token
         )  # fmt: skip
         got, step = ops.quantize_input(*arguments)
-        want, want_step = ops.quantize_input._init_fn(*arguments)
+        want, want_step = ops.quantize_input_reference(*arguments)
         assert got.dtype == want.dtype
         assert torch.equal(got, want)
         assert torch.equal(step.nan_to_num(), want_step.nan_to_num())
@@ -108,7 +108,7 @@ def test_int_linear_equals_the_reference(kernel: str, name: str) -> None:
         step = torch.rand(choose.choice((1, tokens)), 1) + 0.01
         bias = torch.randn(out) if choose.random() < 0.5 else None
         arguments = (x, step, random_weight(out, width, fmt), torch.rand(out) + 0.01, bias, fmt.exponent_bits, fmt.mantissa_bits)
-        assert torch.equal(ops.int_linear(*arguments), ops.int_linear._init_fn(*arguments)), (tokens, width, out, top)
+        assert torch.equal(ops.int_linear(*arguments), ops.int_linear_reference(*arguments)), (tokens, width, out, top)
 
 
 @pytest.mark.parametrize("name", [*FOUR_BITS, "e1m6"])
@@ -143,10 +143,10 @@ def test_uncovered_formats_run_the_reference(kernel: str) -> None:
         fmt = parse(name)
         x = torch.randint(-100, 101, (3, 50), dtype=torch.int8)
         arguments = (x, torch.ones(1, 1), random_weight(7, 50, fmt), torch.rand(7), None, fmt.exponent_bits, fmt.mantissa_bits)
-        assert torch.equal(ops.int_linear(*arguments), ops.int_linear._init_fn(*arguments))
+        assert torch.equal(ops.int_linear(*arguments), ops.int_linear_reference(*arguments))
     wide = parse("e4m3")
     arguments = (torch.randn(2, 9), random_weight(7, 9, wide), torch.rand(7), None, 4, 3)
-    assert torch.equal(ops.float_linear(*arguments), ops.float_linear._init_fn(*arguments))
+    assert torch.equal(ops.float_linear(*arguments), ops.float_linear_reference(*arguments))
 
 
 def test_the_ops_keep_torchs_rules(kernel: str) -> None:

@@ -16,7 +16,7 @@ from llm_fp4.search import search_site
 from llm_fp4.search.compensation import compensate, compensated, damped
 from llm_fp4.search.embedding import embedding_plan
 from llm_fp4.search.grids import Log2Grid, PaperGrid, search_formats
-from llm_fp4.search.inputs import OutputError
+from llm_fp4.search.inputs import InputChoice, OutputError
 from llm_fp4.search.ranking import as_operand
 from llm_fp4.search.refine import fit_scale, refine
 from llm_fp4.search.shift import channel_shift
@@ -247,6 +247,20 @@ def test_gram_without_rounding_has_no_error_part(site: SiteStatistics) -> None:
     assert isinstance(gram, Gram)
     assert gram.eq is None
     assert torch.allclose(gram.qq, site.tokens.rows.t() @ site.tokens.rows, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "max_shift"), [("e2m1", 3), ("e1m2", 1), ("e3m0", 0), ("e1m6", 0)])
+def test_gram_of_integers_is_the_gram_of_the_values(site: SiteStatistics, name: str, max_shift: int) -> None:
+    fmt = parse(name)
+    shift = torch.randint(0, max_shift + 1, (48,), dtype=torch.uint8) if max_shift else None
+    choice = InputChoice(InputSpec(fmt, max_shift=max_shift), scale_of_max(site.channel_absmax.amax(), fmt), shift, 0.0)
+    assert choice.unit is not None
+    exact, plain = site.quantized_gram(choice.quantize, choice.unit), site.quantized_gram(choice.quantize)
+    assert torch.allclose(exact.qq, plain.qq, rtol=1e-5, atol=1e-5 * float(plain.qq.abs().max()))
+    assert exact.eq is not None
+    assert plain.eq is not None
+    assert torch.equal(exact.eq, plain.eq)
+    assert InputChoice(InputSpec(fmt, "per_token"), torch.ones(()), None, 0.0).unit is None
 
 
 def test_sampled_sums_estimate_sums_over_all_tokens(site: SiteStatistics) -> None:

@@ -77,7 +77,7 @@ def activation_statistics(
     found: list[SiteActivations] = []
     with tempfile.TemporaryDirectory() as folder, float32_everywhere(model, target):
         store = RunStore(Path(folder), {}, len(structure.blocks) + 2, shards=False)
-        batches = token_batches(calibration_tokens(opened, recipe, store, progress), target)
+        batches = token_batches(model, calibration_tokens(opened, recipe, store, progress), target)
         outputs = store.outputs
         runner = BlockRunner(model, structure.stacks, batches, outputs.load)
         outside = tuple(f"{b}." for b in structure.blocks)

@@ -28,7 +28,9 @@ class LayerReport:
         kind: "linear", "embedding" or "other". shape: (out, in) of a linear, (rows, columns) of an embedding.
         weight: the weight's format, or the candidates of one not quantized yet; empty where it stays float.
         input: likewise of the input. site: the first of the layers that share this input, None where it stays float.
-        granularity: of the input's scale, "per_tensor" or "per_token". input_scale: its step, or the ratio of a per-token scale.
+        granularity: of the input's scale, "per_tensor", "per_token" or "per_block_16_e4m3", say. input_scale: its step, the ratio
+            of a per-token scale, or the scale over those of blocks.
+        blocks: of the weight that share a scale, "per_block_16_e4m3", say; None where rows do.
         weight_scale: smallest and largest over the rows. shift_histogram: how many channels have shift 0, 1, ...
         error: squared output error over the squared output, of the layer's site; None where it was not measured.
         sink_ratio: the largest token of the input over the median one.
@@ -48,6 +50,7 @@ class LayerReport:
     error: float | None = None
     sink_ratio: float | None = None
     reason: str = ""
+    blocks: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ def _checkpoint(folder: Path) -> Inspection:
             weight_scale=(weight["scale_min"], weight["scale_max"]) if "scale_min" in weight else None,
             shift_histogram=site.get("shift_histogram"), error=weight.get("error"), sink_ratio=site.get("sink_ratio"),
             reason="; ".join(reasons + ([site["reason"]] if site.get("reason") else [])),
+            blocks=entry.blocks.name if entry.blocks else None,
         ))  # fmt: skip
     files = TensorFiles(folder, CheckpointError)
     for name, shape in files.shapes.items():

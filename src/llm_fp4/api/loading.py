@@ -16,6 +16,7 @@ from llm_fp4.checkpoint import METHOD, Manifest, read_config, verify
 from llm_fp4.errors import CheckpointError
 from llm_fp4.models import FloatModel, check_sizes, open_model, open_tokenizer
 from llm_fp4.nn import PackedModule, QuantLinear
+from llm_fp4.numerics import scale_values
 from llm_fp4.progress import Progress, silent
 from llm_fp4.storage import TensorFiles
 
@@ -124,7 +125,7 @@ def _check_values(model: nn.Module) -> None:
             continue
         for kept in module.kept:
             scale = getattr(module, kept, None)
-            if scale is not None and not bool(torch.isfinite(scale).all()):
+            if scale is not None and not bool(torch.isfinite(scale_values(scale)).all()):
                 raise CheckpointError(f"{name}.{kept} holds NaN or infinity; the checkpoint is damaged, quantize again")
         if isinstance(module, QuantLinear) and module.spec is not None and module.input_shift is not None:
             largest = int(module.input_shift.max())

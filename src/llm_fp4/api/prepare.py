@@ -61,10 +61,10 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
     return structure
 
 
-def token_batches(tokens: Tensor, device: torch.device) -> list[Batch]:
+def token_batches(model: nn.Module, tokens: Tensor, device: torch.device) -> list[Batch]:
     """Return (sequences, length) token ids as batches of about 4,096 tokens; the split never depends on the machine."""
     size = max(1, _BATCH_TOKENS // tokens.shape[1])
-    return [{"input_ids": part.to(device), "use_cache": False} for part in torch.split(tokens, size)]
+    return [as_batch(model, {"input_ids": part}, device) for part in torch.split(tokens, size)]
 
 
 def checked_device(name: str) -> torch.device:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.api.calibrate import calibration_tokens
+from llm_fp4.api.calibrate import calibration_tokens, whole_float_model
+from llm_fp4.api.media import source_batches
 from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, route_attention, token_batches
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError
 from llm_fp4.models import Batch, FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
-from llm_fp4.nn import CHILD, QuantEmbedding
+from llm_fp4.nn import CHILD, QuantEmbedding, share_inputs
 from llm_fp4.pipeline import Job, parts
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
@@ -83,8 +84,11 @@ def _fill(
     shapes = weight_shapes(opened.model, structure)
     config = _config(opened.model, structure, recipe)
     float_bytes = opened.bytes_float
+    if batches is None and tokens is None:
+        batches = source_batches(opened, recipe, target, lambda: whole_float_model(opened).to(target))
+        batches = None if batches is None else [as_batch(opened.model, b, target) for b in batches]
     if batches is None:
-        batches = token_batches(calibration_tokens(opened, recipe, store, progress, tokens), target)
+        batches = token_batches(opened.model, calibration_tokens(opened, recipe, store, progress, tokens), target)
     route_attention(opened.model, recipe)
     with float32_everywhere(opened.model, target):
         Job(opened.model, structure, opened.source, recipe, batches, store, target, progress).run()
@@ -155,6 +159,7 @@ def quantize_module(
     for name in (*structure.embeddings, *structure.aliases):
         if isinstance(table := model.get_submodule(name), QuantEmbedding):
             table._dtype = table._dtype.to(dtypes[f"{structure.aliases.get(name, name)}.weight"])
+    share_inputs(model)
     return model
 
 
@@ -185,8 +190,9 @@ def _data_digest(recipe: Recipe, tokens: Tensor | None, batches: list[Batch] | N
                 content = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if isinstance(value, Tensor) else value
                 digest.update(f"{name} ".encode() + (content if isinstance(content, bytes) else str(content).encode()))
         return digest.hexdigest()
-    file = Path(recipe.calibration.source)
-    return f"{file.stat().st_size} {file.stat().st_mtime_ns}" if file.is_file() else recipe.calibration.source
+    source = Path(recipe.calibration.source)
+    files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else []
+    return " ".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files) or recipe.calibration.source
 
 
 def _version() -> str:
@@ -208,6 +214,9 @@ def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:
 def _save_extras(opened: FloatModel, folder: Path) -> None:
     if opened.tokenizer is not None:
         opened.tokenizer.save_pretrained(folder)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if opened.gguf is None and (opened.folder / name).is_file():
+            shutil.copyfile(opened.folder / name, folder / name)
     stored = opened.folder / "generation_config.json"
     if opened.gguf is None and stored.is_file():
         shutil.copyfile(stored, folder / stored.name)  # as it is: saving it anew refuses what older versions wrote

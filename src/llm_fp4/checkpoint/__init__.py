@@ -4,6 +4,7 @@ from llm_fp4.checkpoint.attention import read_attention
 from llm_fp4.checkpoint.finish import finish_checkpoint
 from llm_fp4.checkpoint.manifest import (
     METHOD,
+    STORED,
     VERSION,
     Manifest,
     ModuleEntry,
@@ -17,17 +18,6 @@ from llm_fp4.checkpoint.outputs import BlockOutputs
 from llm_fp4.checkpoint.run_store import RunStore
 
 __all__ = [
-    "METHOD",
-    "VERSION",
-    "BlockOutputs",
-    "Manifest",
-    "ModuleEntry",
-    "RunStore",
-    "finish_checkpoint",
-    "manifest_of_plans",
-    "read_attention",
-    "read_config",
-    "read_manifest",
-    "site_spec",
-    "verify",
+    "METHOD", "STORED", "VERSION", "BlockOutputs", "Manifest", "ModuleEntry", "RunStore", "finish_checkpoint", "manifest_of_plans",
+    "read_attention", "read_config", "read_manifest", "site_spec", "verify",
 ]  # fmt: skip

@@ -15,16 +15,17 @@ import torch
 from llm_fp4.checkpoint.attention import read_attention, verify_attention
 from llm_fp4.errors import CheckpointError, LlmFp4Error
 from llm_fp4.nn import CHILD
-from llm_fp4.numerics import FloatFormat, packed_width, parse
+from llm_fp4.numerics import FloatFormat, PerBlock, packed_width, parse, parse_granularity
 from llm_fp4.plan import InputSpec
 from llm_fp4.storage import TensorFiles
 
 METHOD = "llm_fp4"
 VERSION = 1
 _DTYPES = {
-    "weight_packed": torch.uint8, "weight_scale": torch.float32, "input_scale": torch.float32, "input_shift": torch.uint8,
+    "weight_packed": torch.uint8, "weight_scale": torch.float32, "weight_global_scale": torch.float32, "input_scale": torch.float32, "input_shift": torch.uint8,
     "input_smooth": torch.float32,
 }  # fmt: skip
+STORED = frozenset(_DTYPES)  # the tensors of quantized modules, which are stored as they are
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ModuleEntry:
         shape: (out, in) of a linear, (rows, columns) of an embedding.
         input: None where the input stays float.
         multiplier: what an embedding's rows are multiplied by (Gemma).
+        blocks: the blocks of the weight that share a scale; None: one float32 scale a row.
         tied_to: the embedding whose packed weight this linear reads; it then stores none of its own.
     """
 
@@ -45,9 +47,11 @@ class ModuleEntry:
     input: InputSpec | None = None
     tied_to: str | None = None
     multiplier: float = 1.0
+    blocks: PerBlock | None = None
 
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"kind": self.kind, "weight": self.format.name, "shape": list(self.shape)}
+        out |= {"granularity": self.blocks.name} if self.blocks else {}
         if self.input is not None:
             out["input"] = self.input.to_json()
         out |= {"multiplier": self.multiplier} if self.multiplier != 1.0 else {}
@@ -61,15 +65,19 @@ class ModuleEntry:
             CheckpointError: a field is missing, unknown or impossible.
         """
         try:
-            if unknown := sorted(set(data) - {"kind", "weight", "shape", "input", "tied_to", "multiplier"}):
+            if unknown := sorted(set(data) - {"kind", "weight", "shape", "input", "tied_to", "multiplier", "granularity"}):
                 raise CheckpointError(f"unknown fields {unknown}")
             rows, columns = (int(n) for n in data["shape"])
             if data["kind"] not in ("linear", "embedding") or rows < 1 or columns < 1:
                 raise CheckpointError(f"kind {data['kind']!r} with shape {data['shape']}")
             spec = InputSpec.from_json(data["input"]) if data.get("input") else None
-            return cls(
-                data["kind"], parse(data["weight"]), (rows, columns), spec, data.get("tied_to"), float(data.get("multiplier", 1.0))
-            )
+            blocks = parse_granularity(data["granularity"]) if "granularity" in data else None
+            if blocks is not None and (
+                not isinstance(blocks, PerBlock) or blocks.scale_dtype == "float32" or data["kind"] != "linear"
+            ):
+                raise CheckpointError(f"granularity {data['granularity']!r} of the weight of a {data['kind']}")
+            multiplier = float(data.get("multiplier", 1.0))
+            return cls(data["kind"], parse(data["weight"]), (rows, columns), spec, data.get("tied_to"), multiplier, blocks)
         except (KeyError, TypeError, ValueError, AttributeError, LlmFp4Error) as error:
             raise CheckpointError(
                 f"the manifest entry of {name} cannot be read ({error}); the checkpoint is damaged or needs a newer llm-fp4"
@@ -80,7 +88,9 @@ class ModuleEntry:
         rows, columns = self.shape
         out: dict[str, tuple[int, ...]] = {}
         if self.tied_to is None:
-            out |= {"weight_packed": (rows, packed_width(columns, self.format.bits)), "weight_scale": (rows,)}
+            scale = self.blocks.shape(rows, columns) if self.blocks else (rows,)
+            out |= {"weight_packed": (rows, packed_width(columns, self.format.bits)), "weight_scale": scale}
+            out |= {"weight_global_scale": ()} if self.blocks and self.blocks.two_level else {}
         if self.input is not None:
             out["input_scale"] = ()
             if self.input.max_shift:
@@ -88,6 +98,10 @@ class ModuleEntry:
             if self.input.smooth:
                 out["input_smooth"] = (columns,)
         return out
+
+    def dtype(self, suffix: str) -> torch.dtype:
+        """Return the type in which the tensor called ``suffix`` is stored."""
+        return self.blocks.torch_dtype if self.blocks and suffix == "weight_scale" else _DTYPES[suffix]
 
 
 Manifest = dict[str, ModuleEntry]
@@ -116,7 +130,7 @@ def read_manifest(config: dict[str, Any], where: str) -> Manifest:
             raise CheckpointError(
                 f"{where}: {name} shares the weight of {entry.tied_to}, which is not listed; the checkpoint is damaged"
             )
-        if owner.tied_to is not None or (owner.shape, owner.format) != (entry.shape, entry.format):
+        if owner.tied_to is not None or (owner.shape, owner.format, owner.blocks) != (entry.shape, entry.format, entry.blocks):
             raise CheckpointError(
                 f"{where}: {name} shares the weight of {entry.tied_to}, which is of another shape or format; the checkpoint is damaged"
             )
@@ -137,8 +151,16 @@ def manifest_of_plans(plans: list[dict[str, Any]], shapes: dict[str, tuple[int, 
         for name, weight in plan["weights"].items():
             site = inputs.get(name)
             spec = site_spec(site) if site is not None else None
+            blocks = parse_granularity(weight["granularity"]) if "granularity" in weight else None
+            assert blocks is None or isinstance(blocks, PerBlock)
             entry = ModuleEntry(
-                weight["kind"], parse(weight["format"]), shapes[name], spec, weight.get("tied_to"), weight.get("multiplier", 1.0)
+                weight["kind"],
+                parse(weight["format"]),
+                shapes[name],
+                spec,
+                weight.get("tied_to"),
+                weight.get("multiplier", 1.0),
+                blocks,
             )
             out[name] = entry.to_json()
     return out
@@ -185,7 +207,7 @@ def verify(folder: Path) -> Manifest:
                 raise CheckpointError(
                     f"{full} is {files.shapes[full]} in {files.where[full].name}, the manifest makes it {shape}; the checkpoint is damaged"
                 )
-            if files.dtype(full) != (dtype := _DTYPES[suffix]):
+            if files.dtype(full) != (dtype := entry.dtype(suffix)):
                 raise CheckpointError(
                     f"{full} is {files.dtype(full)} in {files.where[full].name}, not {dtype}; the checkpoint is damaged"
                 )

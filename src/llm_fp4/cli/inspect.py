@@ -99,9 +99,9 @@ def _head(found: Inspection) -> None:
 def _quantized(layers: list[LayerReport]) -> None:
     rows = [
         (
-            layer.name, "x".join(map(str, layer.shape)), _formats(layer.weight), _range(layer.weight_scale),
+            layer.name, "x".join(map(str, layer.shape)), _formats(layer.weight) + _blocks(layer.blocks), _range(layer.weight_scale),
             "" if layer.kind == "embedding" else _formats(layer.input),
-            {"per_token": "token", "per_tensor": "tensor"}.get(layer.granularity or "", ""), layer.input_scale,
+            (layer.granularity or "").removeprefix("per_").replace("_", " "), layer.input_scale,
             " ".join(map(str, layer.shift_histogram or [])), layer.error, layer.reason,
         )
         for layer in layers
@@ -161,6 +161,10 @@ def _site(site: SiteActivations) -> dict[str, Any]:
 
 def _formats(names: tuple[str, ...]) -> str:
     return " ".join(n.upper() for n in names) or "float"
+
+
+def _blocks(name: str | None) -> str:
+    return "" if name is None else " " + name.removeprefix("per_block_").replace("_", " ")
 
 
 def _range(scales: tuple[float, float] | None) -> str:

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from llm_fp4 import __version__
+from llm_fp4.cli.bench import bench
 from llm_fp4.cli.evaluate import evaluate
+from llm_fp4.cli.export import export
 from llm_fp4.cli.failures import Commands, report
 from llm_fp4.cli.generate import generate
 from llm_fp4.cli.inspect import inspect
@@ -50,6 +52,8 @@ app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("bench")(bench)
+app.command("export")(export)
 app.command("recipes")(recipes)
 
 

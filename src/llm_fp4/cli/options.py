@@ -29,7 +29,7 @@ CalibrationSource = Annotated[
     str | None,
     typer.Option(
         "--calibration", "-c", metavar="SOURCE", show_default=False,
-        help="'self' (the model writes its own text), a .txt, .jsonl, .json.gz or .parquet file, or a hub data set.  [default: self]",
+        help="'self' (the model's own text), a .txt, .jsonl, .parquet, .tsv or .csv file, a hub data set, a folder of images or sound.  [default: self]",
     ),
 ]  # fmt: skip
 Attention = Annotated[

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llm_fp4.checkpoint import METHOD, Manifest, read_attention, read_manifest
 from llm_fp4.errors import CheckpointError
-from llm_fp4.nn import CHILD, AttentionProducts, PackedModule, borrow_weight, replace_module, share_weight
+from llm_fp4.nn import CHILD, AttentionProducts, PackedModule, borrow_weight, replace_module, share_inputs, share_weight
 from llm_fp4.plan import AttentionSpec
 
 
@@ -55,6 +55,7 @@ class LlmFp4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         share(model, self._manifest())
+        share_inputs(model)
         return model
 
 
@@ -65,7 +66,7 @@ def install(model: nn.Module, manifest: Manifest) -> None:
         CheckpointError: the model has no such module, or one of another shape.
     """
     for name, entry in manifest.items():
-        replace_module(model, name, entry.format, entry.input, entry.shape, entry.multiplier)
+        replace_module(model, name, entry.format, entry.input, entry.shape, entry.multiplier, entry.blocks)
         if entry.tied_to is not None:
             head = model.get_submodule(name)
             assert isinstance(head, PackedModule)

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llm_fp4.kernels import ops
+from llm_fp4.kernels import norm, ops
 from llm_fp4.kernels.library import selected
 from llm_fp4.numerics import FloatFormat
 from llm_fp4.numerics.packing import packed_width
@@ -52,15 +52,45 @@ def quantize_input(
         and _ready(shift, torch.uint8, x.shape[1]) and _ready(smooth, torch.float32, x.shape[1])
     )  # fmt: skip
     if library is None or not covered:
-        return ops.quantize_input._init_fn(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token)  # type: ignore[no-any-return]
+        return ops.quantize_input_reference(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token)
     tokens, width = x.shape
     x = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
     levels = torch.empty((tokens, width), dtype=torch.int8 if top <= LIMB else torch.int16)
-    step = torch.empty((tokens if per_token else 1, 1), dtype=torch.float32)
+    step = torch.empty((tokens, 1), dtype=torch.float32)
     _check(
         library.llm_fp4_quantize_input(
             x.data_ptr(), x.dtype == torch.bfloat16, tokens, width, scale.data_ptr(), _address(shift), _address(smooth),
             exponent_bits, mantissa_bits, signed, max_shift, per_token, levels.data_ptr(), step.data_ptr(), _threads(x.numel()),
+        )
+    )  # fmt: skip
+    return levels, step
+
+
+@norm.norm_quantize_input.register_kernel("cpu")
+def norm_quantize_input(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool, scale: Tensor, shift: Tensor | None, smooth: Tensor | None,
+    exponent_bits: int, mantissa_bits: int, signed: bool, max_shift: int, per_token: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return what :func:`llm_fp4.kernels.norm.norm_quantize_input` does, bit for bit."""
+    library = selected()
+    top = _max_level(exponent_bits, mantissa_bits, signed) << max_shift
+    tokens, width = x.shape
+    covered = (
+        top <= TWO_LIMBS and _ready(scale, torch.float32, 1) and _ready(shift, torch.uint8, width) and width > 0
+        and all(_ready(t, torch.float32, width) for t in (smooth, weight, bias))
+    )  # fmt: skip
+    if library is None or not covered:
+        return norm.norm_quantize_input_reference(
+            x, weight, bias, eps, centered, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token
+        )
+    x = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+    levels = torch.empty((tokens, width), dtype=torch.int8 if top <= LIMB else torch.int16)
+    step = torch.empty((tokens, 1), dtype=torch.float32)
+    _check(
+        library.llm_fp4_norm_quantize_input(
+            x.data_ptr(), x.dtype == torch.bfloat16, tokens, width, weight.data_ptr(), _address(bias), eps, centered,
+            scale.data_ptr(), _address(shift), _address(smooth), exponent_bits, mantissa_bits, signed, max_shift, per_token,
+            levels.data_ptr(), step.data_ptr(), _threads(x.numel()),
         )
     )  # fmt: skip
     return levels, step
@@ -83,7 +113,7 @@ def int_linear(
         and _ready(weight_scale, torch.float32, out) and _ready(bias, torch.float32, out)
     )  # fmt: skip
     if library is None or not covered:
-        return ops.int_linear._init_fn(levels, step, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)  # type: ignore[no-any-return]
+        return ops.int_linear_reference(levels, step, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)
     levels = levels.contiguous()
     y = torch.empty((tokens, out), dtype=torch.float32)
     _check(
@@ -110,7 +140,7 @@ def float_linear(
         and _ready(weight_scale, torch.float32, out) and _ready(bias, torch.float32, out)
     )  # fmt: skip
     if library is None or not covered:
-        return ops.float_linear._init_fn(x, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)  # type: ignore[no-any-return]
+        return ops.float_linear_reference(x, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)
     x = x.float().contiguous()
     y = torch.empty((tokens, out), dtype=torch.float32)
     _check(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_fp4.kernels.blocks import quantize_blocks
 from llm_fp4.kernels.ops import _multiplier, token_scale
 from llm_fp4.numerics import round_to_level
 from llm_fp4.plan import InputSpec
@@ -14,11 +15,16 @@ def fake_quantize_input(x: Tensor, spec: InputSpec, scale: Tensor, shift: Tensor
     """Return (tokens, in) float32 ``x`` rounded as a quantized layer rounds it.
 
     Args:
-        scale: () float32, the static step of the least shifted channel, or the clipping ratio of a per-token scale.
+        scale: () float32, the static step of the least shifted channel, the clipping ratio of a per-token scale, or the
+            scale over the scales of blocks.
         shift: (in,) uint8 or None. smooth: (in,) float32 or None; the result is divided by it, as the stored
             weights are multiplied by it.
     """
     x = x.float()
+    if blocks := spec.blocks:
+        f = spec.format
+        values: Tensor = quantize_blocks(x, scale, blocks.block_size, blocks.scale_dtype, f.exponent_bits, f.mantissa_bits)
+        return values
     step = token_scale(x, scale, shift, smooth, spec.format.max_level) if spec.granularity == "per_token" else scale
     level = round_to_level(x * _multiplier(step, shift, smooth), spec.format)
     return level.mul_(step if shift is None else step * torch.exp2(-shift.float()))

@@ -8,25 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.kernels import float_linear, int_linear, integer_product, quantize_input
+from llm_fp4.kernels import block_linear, float_linear, int_linear, integer_product, quantize_input
 from llm_fp4.kernels.simulate import fake_quantize_input
-from llm_fp4.numerics import FloatFormat, PerRow, QuantizedTensor, packed_width
+from llm_fp4.nn.shared import InputSite, Levels
+from llm_fp4.numerics import FloatFormat, PerBlock, PerRow, QuantizedTensor, packed_width, scale_bytes
 from llm_fp4.plan import InputPlan, InputSpec
 
 
 class PackedModule(nn.Module):
-    """Holds ``weight_packed`` and ``weight_scale``; a change of dtype leaves packed codes and scales alone."""
+    """Holds ``weight_packed`` and ``weight_scale``; a change of dtype leaves packed codes and scales alone.
 
-    kept = ("weight_scale", "input_scale", "input_smooth")
+    ``weight_scale`` is (rows,) float32, or the stored scales of blocks, E4M3 ones with ``weight_global_scale`` () over them.
+    """
+
+    kept = ("weight_scale", "weight_global_scale", "input_scale", "input_smooth")
     weight_packed: Tensor
     weight_scale: Tensor
+    weight_global_scale: Tensor | None
 
-    def __init__(self, rows: int, columns: int, fmt: FloatFormat, device: Any = None) -> None:
+    def __init__(self, rows: int, columns: int, fmt: FloatFormat, device: Any = None, blocks: PerBlock | None = None) -> None:
         super().__init__()
-        self.weight_format, self.rows, self.columns = fmt, rows, columns
+        self.weight_format, self.rows, self.columns, self.blocks = fmt, rows, columns, blocks
         width = packed_width(columns, fmt.bits)
         self.register_buffer("weight_packed", torch.zeros(rows, width, dtype=torch.uint8, device=device))
-        self.register_buffer("weight_scale", torch.ones(rows, dtype=torch.float32, device=device))
+        shape, dtype = (blocks.shape(rows, columns), blocks.torch_dtype) if blocks else ((rows,), torch.float32)
+        self.register_buffer("weight_scale", torch.ones(shape, device=device).to(dtype))
+        second = torch.ones((), dtype=torch.float32, device=device) if blocks and blocks.two_level else None
+        self.register_buffer("weight_global_scale", second)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         before = {n: getattr(self, n) for n in self.kept if getattr(self, n, None) is not None}
@@ -45,7 +53,10 @@ class PackedModule(nn.Module):
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight as a QuantizedTensor over this module's own buffers."""
-        return QuantizedTensor(self.weight_packed, self.weight_scale, self.weight_format, PerRow(), (self.rows, self.columns))
+        return QuantizedTensor(
+            self.weight_packed, self.weight_scale, self.weight_format, self.blocks or PerRow(), (self.rows, self.columns),
+            self.weight_global_scale,
+        )  # fmt: skip
 
 
 class QuantLinear(PackedModule):
@@ -53,20 +64,21 @@ class QuantLinear(PackedModule):
 
     The input is rounded to levels (with the channel shift) and multiplied as integers where int8 limbs and int32
     sums hold the product exactly: every pair of 4-bit formats, the integer grids (E1Mm) of any width, E2M3 and E3M2
-    inputs among the 6-bit formats. Other pairs (E4M3, E5M2, ...) multiply the decoded values in float32. Without
-    an input spec the input stays as it is (weight-only).
+    inputs among the 6-bit formats. Other pairs (E4M3, E5M2, ...) and block scales multiply the decoded values in float32.
+    Without an input spec the input stays as it is (weight-only).
     """
 
     bias: Tensor | None
     input_scale: Tensor
     input_shift: Tensor | None
     input_smooth: Tensor | None
+    site: InputSite | None = None  # shared with the linears that read the same input
 
     def __init__(
         self, in_features: int, out_features: int, weight_format: FloatFormat, spec: InputSpec | None, bias: bool, device: Any = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32, blocks: PerBlock | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(out_features, in_features, weight_format, device)
+        super().__init__(out_features, in_features, weight_format, device, blocks)
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
         if spec is not None:
@@ -80,8 +92,10 @@ class QuantLinear(PackedModule):
     def from_plan(cls, weight: QuantizedTensor, plan: InputPlan | None, bias: Tensor | None) -> QuantLinear:
         """Return the layer of a quantized weight under its site's plan; ``bias`` is (out,) or None."""
         rows, columns = weight.shape
-        layer = cls(columns, rows, weight.format, plan.spec if plan else None, bias is not None, "meta")
+        blocks = weight.granularity if isinstance(weight.granularity, PerBlock) else None
+        layer = cls(columns, rows, weight.format, plan.spec if plan else None, bias is not None, "meta", blocks=blocks)
         layer.weight_packed, layer.weight_scale = weight.packed, weight.scale
+        layer.weight_global_scale = None if weight.second_scale is None else weight.second_scale.clone()
         if bias is not None:
             layer.bias = bias.detach()
         if plan is not None:
@@ -94,7 +108,8 @@ class QuantLinear(PackedModule):
     @property
     def exact(self) -> bool:
         """Whether the product runs on integers."""
-        return self.spec is not None and integer_product(self.spec.top, self.weight_format)
+        blocks = self.blocks or (self.spec and self.spec.blocks)
+        return self.spec is not None and not blocks and integer_product(self.spec.top, self.weight_format)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -102,19 +117,34 @@ class QuantLinear(PackedModule):
         weight = (self.weight_packed, self.weight_scale)
         bias = None if self.bias is None else self.bias.float()
         if spec is not None and self.exact:
-            f = spec.format
-            levels, step = quantize_input(
-                rows, self.input_scale, self.input_shift, self.input_smooth,
-                f.exponent_bits, f.mantissa_bits, f.signed, spec.max_shift, spec.granularity == "per_token",
-            )  # fmt: skip
+            levels, step = self._levels(rows, spec) if self.site is None else self.site.levels(x, lambda: self._levels(rows, spec))
             out = int_linear(levels, step, *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
         else:
             if spec is not None:
                 rows = fake_quantize_input(rows, spec, self.input_scale, self.input_shift, self.input_smooth)
-            out = float_linear(rows.float(), *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
+            if self.blocks is None:
+                out = float_linear(rows.float(), *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
+            else:
+                out = block_linear(
+                    rows.float(), self.weight_packed, scale_bytes(self.weight_scale), self.weight_global_scale, bias,
+                    self.blocks.block_size, self.blocks.scale_dtype, fmt.exponent_bits, fmt.mantissa_bits,
+                )  # fmt: skip
         result: Tensor = out.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return result
 
+    def _levels(self, rows: Tensor, spec: InputSpec) -> Levels:
+        f = spec.format
+        found: Levels = quantize_input(
+            rows, self.input_scale, self.input_shift, self.input_smooth,
+            f.exponent_bits, f.mantissa_bits, f.signed, spec.max_shift, spec.granularity == "per_token",
+        )  # fmt: skip
+        return found
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.site = None  # other numbers may follow than those that were alike
+        super()._load_from_state_dict(*args, **kwargs)
+
     def extra_repr(self) -> str:
         spec = f"{self.spec.format}, {self.spec.granularity}, shift<={self.spec.max_shift}" if self.spec else "float"
-        return f"in={self.in_features}, out={self.out_features}, weight={self.weight_format}, input={spec}"
+        weight = f"{self.weight_format}" + (f", {self.blocks.name}" if self.blocks else "")
+        return f"in={self.in_features}, out={self.out_features}, weight={weight}, input={spec}"

@@ -1,5 +1,14 @@
 """Pure functions on tensors: formats, rounding, granularity, packing. Imports torch only."""
 
+from llm_fp4.numerics.block_scales import (
+    block_step,
+    max_scale,
+    neighbour,
+    scale_bytes,
+    scale_values,
+    second_scale,
+    store_scale,
+)
 from llm_fp4.numerics.formats import FloatFormat, formats_of_width, levels, parse
 from llm_fp4.numerics.granularity import (
     Granularity,
@@ -10,7 +19,7 @@ from llm_fp4.numerics.granularity import (
     parse_granularity,
 )
 from llm_fp4.numerics.packing import pack, packed_width, unpack
-from llm_fp4.numerics.qtensor import QuantizedTensor, quantize_tensor
+from llm_fp4.numerics.qtensor import QuantizedTensor, quantize_tensor, step_of
 from llm_fp4.numerics.rounding import (
     decode,
     encode,
@@ -22,7 +31,8 @@ from llm_fp4.numerics.rounding import (
 )
 
 __all__ = [
-    "FloatFormat", "Granularity", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantizedTensor", "decode",
-    "encode", "encode_levels", "fake_quantize", "formats_of_width", "levels", "pack", "packed_width", "parse",
-    "parse_granularity", "quantize_tensor", "require_finite", "round_to_level", "scale_of_max", "unpack",
+    "FloatFormat", "Granularity", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantizedTensor", "block_step", "decode",
+    "encode", "encode_levels", "fake_quantize", "formats_of_width", "levels", "max_scale", "neighbour", "pack", "packed_width",
+    "parse", "parse_granularity", "quantize_tensor", "require_finite", "round_to_level", "scale_bytes", "scale_of_max",
+    "scale_values", "second_scale", "step_of", "store_scale", "unpack",
 ]  # fmt: skip

@@ -61,6 +61,11 @@ class FloatFormat:
         return int((2 ** (self.mantissa_bits + 1) - 1) * 2 ** (2**self.exponent_bits - 2))
 
     @property
+    def standard_step(self) -> float:
+        """The smallest subnormal under the standards' bias 2^(e-1) - 1: 0.5 for E2M1, whose largest value is then 6."""
+        return float(2.0 ** (2 - self.mantissa_bits - 2 ** (self.exponent_bits - 1)))
+
+    @property
     def max_shift(self) -> int:
         """The paper's largest channel shift for this activation format, 2^e - 1 (Eq. 15)."""
         return int(2**self.exponent_bits - 1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_fp4.calibration import inputs_of, shared_inputs
-from llm_fp4.checkpoint import RunStore
+from llm_fp4.checkpoint import STORED, RunStore
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, set_module, weight_shapes
 from llm_fp4.numerics import QuantizedTensor
@@ -28,10 +28,7 @@ from llm_fp4.plan import ATTENTION_INPUTS, FixedWeight, WeightPlan
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe
 
-# stored as they are
-PACKED = (
-    "weight_packed", "weight_scale", "input_scale", "input_shift", "input_smooth", *(f"{n}_scale" for n in ATTENTION_INPUTS),
-)  # fmt: skip
+PACKED = (*STORED, *(f"{n}_scale" for n in ATTENTION_INPUTS))  # stored as they are
 
 
 @dataclass

@@ -14,7 +14,7 @@ from llm_fp4.calibration import collect
 from llm_fp4.checkpoint import site_spec
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.nn import QuantLinear, linear_weight
-from llm_fp4.numerics import PerRow, parse, quantize_tensor, require_finite
+from llm_fp4.numerics import PerBlock, parse, parse_granularity, quantize_tensor, require_finite
 from llm_fp4.pipeline.tied import Runs
 from llm_fp4.plan import FixedWeight, SiteResult
 from llm_fp4.recipe import Recipe
@@ -43,7 +43,7 @@ def split_sites(groups: list[list[str]], selected: Linears, recipe: Recipe, head
                 raise RecipeError(
                     f"{n} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it"
                 )
-            out.setdefault((i, (rule.input_formats, rule.granularity, rule.shift)), []).append(n)
+            out.setdefault((i, rule.site), []).append(n)
     return list(out.values())
 
 
@@ -85,7 +85,8 @@ def quantized_layers(site: Decided) -> dict[str, QuantLinear]:
     plan, layers = site.result.input, {}
     for n, w in site.weights.items():
         source = site.result.rounded.get(n, w if plan is None or plan.smooth is None else w * plan.smooth)
-        quantized = quantize_tensor(source, site.result.weights[n].scale.to(w.device), site.result.weights[n].format, PerRow(), n)
+        chosen = site.result.weights[n]
+        quantized = quantize_tensor(source, chosen.scale.to(w.device), chosen.format, chosen.granularity, n, chosen.second_scale)
         layers[n] = QuantLinear.from_plan(quantized, plan, getattr(site.modules[n], "bias", None))
     return layers
 
@@ -100,9 +101,11 @@ def stored_layer(
     """
     site = next((s for s in plans["inputs"].values() if name in s["operands"]), None)
     spec = site_spec(site) if site is not None else None
+    weight = plans["weights"][name]
+    blocks = parse_granularity(weight["granularity"]) if "granularity" in weight else None
+    assert blocks is None or isinstance(blocks, PerBlock)
     own = {t.removeprefix(f"{name}."): v.to(device) for t, v in tensors.items() if t.startswith(f"{name}.")}
-    bias = own.get("bias")
-    layer = QuantLinear(shape[1], shape[0], parse(plans["weights"][name]["format"]), spec, bias is not None, "meta")
+    layer = QuantLinear(shape[1], shape[0], parse(weight["format"]), spec, "bias" in own, "meta", blocks=blocks)
     for key, value in own.items():
         setattr(layer, key, value.float() if key == "bias" else value)
     return layer

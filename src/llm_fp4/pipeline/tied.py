@@ -25,7 +25,8 @@ def shared_heads(structure: Structure, recipe: Recipe) -> dict[str, str]:
     shared = {}
     for head, embedding in structure.tied.items():
         formats = recipe.embedding_formats() if recipe.selects(head) and recipe.selects(embedding) else ()
-        if formats and recipe.rule(head, head=True).weight_formats == formats:
+        rule = recipe.rule(head, head=True) if formats else None
+        if rule and rule.weight_formats == formats and rule.weight_blocks is None:  # embeddings have a scale a row
             shared[head] = embedding
     return shared
 

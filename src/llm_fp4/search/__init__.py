@@ -6,6 +6,7 @@ from torch import Tensor
 
 from llm_fp4.plan import FixedWeight, SiteResult
 from llm_fp4.recipe import ModuleRule, Recipe
+from llm_fp4.search.blocks import search_blocks
 from llm_fp4.search.compensation import compensate_site
 from llm_fp4.search.descent import descend
 from llm_fp4.search.embedding import embedding_plan
@@ -31,6 +32,8 @@ def search_site(
     """
     statistics.check()
     rule = next(iter(rules.values()))
+    if rule.weight_blocks is not None and rule.weight_formats:
+        return search_blocks(name, weights, statistics, rules, recipe)
     ratio = sink_ratio(statistics.token_absmax()) if rule.input_formats else None
     per_token, reason = rule.granularity == "per_token", ""
     if ratio is not None and not per_token and recipe.inputs.sinks == "per_token" and ratio > recipe.inputs.sink_ratio:

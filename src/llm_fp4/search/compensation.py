@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.numerics import FloatFormat, fake_quantize
 from llm_fp4.plan import FixedWeight, SiteResult, WeightPlan
 from llm_fp4.recipe import SearchRules
+from llm_fp4.search.inputs import InputChoice
 from llm_fp4.search.refine import refine
 from llm_fp4.search.weights import weight_loss
 from llm_fp4.statistics import Gram, SiteStatistics
@@ -55,12 +55,13 @@ def compensate(target: Tensor, hessian: Tensor, scale: Tensor, fmt: FloatFormat)
     """Return (out, in) values on the grid ``scale * levels`` whose output error is small, not each value's own.
 
     Args:
-        target: (out, in) float32, see :func:`joint_target`. hessian: (in, in), see :func:`damped`. scale: (out,) float32.
+        target: (out, in) float32, see :func:`joint_target`. hessian: (in, in), see :func:`damped`.
+        scale: (out,) float32, or (out, in) steps, each of which stays with its column.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
     work = target[:, order]
     factor = inverse_factor(hessian[order][:, order])
-    step = scale.unsqueeze(1)
+    step = scale[:, order] if scale.dim() == 2 else scale.unsqueeze(1).expand_as(work)
     out = torch.empty_like(work)
     for start in range(0, work.shape[1], _BLOCK):
         stop = min(start + _BLOCK, work.shape[1])
@@ -68,7 +69,7 @@ def compensate(target: Tensor, hessian: Tensor, scale: Tensor, fmt: FloatFormat)
         errors = torch.empty_like(block)
         for i in range(stop - start):
             column = block[:, i : i + 1]
-            rounded = fake_quantize(column, step, fmt)
+            rounded = fake_quantize(column, step[:, start + i : start + i + 1], fmt)
             out[:, start + i : start + i + 1] = rounded
             error = (column - rounded) / local[i, i]
             errors[:, i : i + 1] = error
@@ -117,10 +118,8 @@ def compensate_site(
         weights: (out, in) float32 of each operand. fixed: operands that are quantized already.
     """
     plan = result.input
-    if plan is None:
-        gram = statistics.quantized_gram(None)
-    else:
-        gram = statistics.quantized_gram(lambda x: fake_quantize_input(x, plan.spec, plan.scale, plan.shift, plan.smooth))
+    choice = None if plan is None else InputChoice(plan.spec, plan.scale, plan.shift, 0.0)
+    gram = statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
     by_format: dict[FloatFormat, list[str]] = {}
     for n in weights:
         if n not in (fixed or {}):

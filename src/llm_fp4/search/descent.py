@@ -54,7 +54,7 @@ def descend(
     weight_scales: dict[str, dict[FloatFormat, Tensor]] = {}
     input_scales: dict[FloatFormat, Tensor] | None = None
     for _round in range(search.rounds if starts else 1):
-        gram = statistics.quantized_gram(choice.quantize if choice else None)
+        gram = statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
         if best is not None:  # the last round's input, confirmed on all tokens with the weights it was chosen for
             best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
         chosen = {}
@@ -69,7 +69,7 @@ def descend(
             choice, input_scales = choose_input(OutputError(rows, row_weight, stacked, rounded), starts, input_grid, input_scales)
     assert best is not None
     if starts:
-        gram = statistics.quantized_gram(choice.quantize if choice else None)
+        gram = statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
         best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
     loss, choice, chosen, losses = best
     plans = {

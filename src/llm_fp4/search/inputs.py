@@ -58,6 +58,11 @@ class InputChoice:
         """Return (n, in) rows rounded by this choice."""
         return fake_quantize_input(rows, self.spec, self.scale, self.shift, None)
 
+    @property
+    def unit(self) -> Tensor | None:
+        """The () step all rounded values are int8 multiples of, or None where there is no such."""
+        return self.scale * 2.0**-self.spec.max_shift if self.spec.granularity == "per_tensor" and self.spec.limbs == 1 else None
+
 
 def maximum_choice(channel_absmax: Tensor, fmt: FloatFormat, *, per_token: bool, shift: bool) -> InputChoice:
     """Return the choice in which the largest magnitude is the largest value."""

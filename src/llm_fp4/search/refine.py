@@ -39,20 +39,30 @@ def refine(target: Tensor, values: Tensor, hessian: Tensor, scale: Tensor, fmt: 
         sweeps: passes over all columns, each followed by a fit of the scales.
     """
     goal, now = target.t().contiguous(), values.t().contiguous()  # (in, out): a column of the weight is contiguous
-    diagonal = hessian.diagonal()
     for _ in range(sweeps):
         levels = (now / scale).round_()
         scale = fit_scale(goal, levels, hessian, scale)
-        now = levels * scale
-        slope = hessian @ (goal - now)  # (in, out): minus half the gradient
-        for start in range(0, len(goal), _BLOCK):
-            stop = min(start + _BLOCK, len(goal))
-            local, before = slope[start:stop].clone(), now[start:stop].clone()
-            within = hessian[start:stop, start:stop]
-            for i in range(stop - start):
-                j = start + i
-                moved = fake_quantize(now[j] + local[i] / diagonal[j], scale, fmt)
-                local.addr_(within[i], moved - now[j], alpha=-1.0)
-                now[j] = moved
-            slope.addmm_(hessian[:, start:stop], now[start:stop] - before, alpha=-1.0)
+        now = sweep_levels(goal, levels * scale, scale.expand_as(goal), hessian, fmt)
     return now.t().contiguous(), scale
+
+
+def sweep_levels(goal: Tensor, now: Tensor, step: Tensor, hessian: Tensor, fmt: FloatFormat) -> Tensor:
+    """Return ``now`` after every level in turn took its best place given all others; ``now`` is changed in place.
+
+    Args:
+        goal, now, step: (in, out) float32: the weight wanted, values on the grid, the step of every value.
+        hessian: (in, in), its diagonal positive.
+    """
+    diagonal = hessian.diagonal()
+    slope = hessian @ (goal - now)  # (in, out): minus half the gradient
+    for start in range(0, len(goal), _BLOCK):
+        stop = min(start + _BLOCK, len(goal))
+        local, before = slope[start:stop].clone(), now[start:stop].clone()
+        within = hessian[start:stop, start:stop]
+        for i in range(stop - start):
+            j = start + i
+            moved = fake_quantize(now[j] + local[i] / diagonal[j], step[j], fmt)
+            local.addr_(within[i], moved - now[j], alpha=-1.0)
+            now[j] = moved
+        slope.addmm_(hessian[:, start:stop], now[start:stop] - before, alpha=-1.0)
+    return now

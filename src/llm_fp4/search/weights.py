@@ -45,6 +45,15 @@ def weight_loss(weight: Tensor, quantized: Tensor, qq: Tensor, crossed: Tensor |
     return inner.mul_(d).sum(1)
 
 
+def output_loss(weight: Tensor, quantized: Tensor, gram: Gram) -> float:
+    """Return the squared output error over all calibration tokens of (out, in) ``weight`` stored as ``quantized``."""
+    crossed = None if gram.eq is None else weight @ gram.eq
+    loss = weight_loss(weight, quantized, gram.qq, crossed).double().sum()
+    if gram.ee is not None:
+        loss = loss + ((weight @ gram.ee) * weight).double().sum()
+    return max(float(loss), 0.0)
+
+
 def choose_weight(
     weight: Tensor, gram: Gram, formats: Sequence[FloatFormat], grid: Grid, current: dict[FloatFormat, Tensor] | None = None,
     row_penalty: float = 0.0,

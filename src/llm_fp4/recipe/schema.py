@@ -1,18 +1,16 @@
-"""Recipe: what the user wishes. Validated before anything is loaded; unknown keys are refused."""
+"""The schema of a recipe: every key with its type, and what holds for one module after overrides."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from llm_fp4.errors import RecipeError
-from llm_fp4.numerics import FloatFormat, formats_of_width, parse
+from llm_fp4.numerics import FloatFormat, PerBlock, formats_of_width, parse
 
 FLOAT_BITS = 16  # the width that means "left in float"
 _STANDARD = {3: "e2m0", 4: "e2m1", 5: "e2m2", 6: "e3m2", 7: "e3m3", 8: "e4m3"}  # what a method without search takes
@@ -66,27 +64,40 @@ def _check_formats(names: list[str] | None) -> list[str] | None:
     return names
 
 
-class WeightRules(_Strict):
-    """``formats``: candidates, each applied where the width fits ("int" is the integer grid of any width); None: all."""
+class _BlockRules(_Strict):
+    block_size: int = Field(default=16, ge=1)
+    scale_dtype: Literal["e4m3", "e8m0", "float16"] = "e4m3"
+
+    @property
+    def blocks(self) -> PerBlock:
+        return PerBlock(self.block_size, self.scale_dtype)
+
+
+class WeightRules(_BlockRules):
+    """``formats``: candidates, each applied where the width fits ("int" is the integer grid of any width); None: all.
+
+    ``granularity``: one scale a row, or "per_block": one for each ``block_size`` values, stored as ``scale_dtype``.
+    """
 
     formats: list[str] | None = None
-    granularity: Literal["per_row"] = "per_row"
+    granularity: Literal["per_row", "per_block"] = "per_row"
 
     _check = field_validator("formats")(_check_formats)
 
 
-class InputRules(_Strict):
+class InputRules(_BlockRules):
     """How inputs are quantized.
 
+    ``granularity``: "per_block" scales each ``block_size`` values of a token when it runs, in ``scale_dtype``.
     ``shift``: pre-shifted exponent bias. ``sinks``: what to do with a site whose largest token exceeds the median
     token ``sink_ratio`` times: "per_token" gives that site a scale per token, "static" keeps the one scale.
     """
 
     formats: list[str] | None = None
-    granularity: Literal["per_tensor", "per_token"] = "per_tensor"
+    granularity: Literal["per_tensor", "per_token", "per_block"] = "per_tensor"
     shift: bool = True
     sinks: Literal["per_token", "static"] = "per_token"
-    sink_ratio: float = Field(default=64.0, gt=1)
+    sink_ratio: float = Field(default=8.0, gt=1)
 
     _check = field_validator("formats")(_check_formats)
 
@@ -142,7 +153,8 @@ class Override(_Strict):
     activation_bits: int | None = None
     weight_formats: list[str] | None = None
     input_formats: list[str] | None = None
-    input_granularity: Literal["per_tensor", "per_token"] | None = None
+    weight_granularity: Literal["per_row", "per_block"] | None = None
+    input_granularity: Literal["per_tensor", "per_token", "per_block"] | None = None
     shift: bool | None = None
 
     _bits = field_validator("weight_bits", "activation_bits")(_check_bits)
@@ -150,12 +162,22 @@ class Override(_Strict):
 
 
 class ModuleRule(_Strict):
-    """What holds for one module after overrides: candidate formats and the input's treatment."""
+    """What holds for one module after overrides: candidate formats and the input's treatment.
+
+    ``weight_blocks``, ``input_blocks``: the blocks that share a scale, None where rows, tokens or tensors do.
+    """
 
     weight_formats: tuple[FloatFormat, ...]
     input_formats: tuple[FloatFormat, ...]  # empty: the input stays float
-    granularity: Literal["per_tensor", "per_token"]
+    granularity: Literal["per_tensor", "per_token", "per_block"]
     shift: bool
+    weight_blocks: PerBlock | None = None
+    input_blocks: PerBlock | None = None
+
+    @property
+    def site(self) -> tuple[Any, ...]:
+        """What all operands of one input site have in common."""
+        return self.input_formats, self.granularity, self.shift, self.weight_blocks, self.input_blocks
 
 
 class Recipe(_Strict):
@@ -198,21 +220,35 @@ class Recipe(_Strict):
         """
         weight_bits = self.bits.lm_head if head and self.bits.lm_head is not None else self.bits.weight
         activation_bits, granularity, shift = self.bits.activation, self.inputs.granularity, self.inputs.shift
-        weight_formats, input_formats = self.weights.formats, self.inputs.formats
+        weight_formats, input_formats, weight_granularity = self.weights.formats, self.inputs.formats, self.weights.granularity
         for o in self.overrides:
             if any(matches(p, name) for p in o.targets):
                 weight_bits = weight_bits if o.weight_bits is None else o.weight_bits
                 activation_bits = activation_bits if o.activation_bits is None else o.activation_bits
                 weight_formats = weight_formats if o.weight_formats is None else o.weight_formats
                 input_formats = input_formats if o.input_formats is None else o.input_formats
+                weight_granularity = weight_granularity if o.weight_granularity is None else o.weight_granularity
                 granularity = granularity if o.input_granularity is None else o.input_granularity
                 shift = shift if o.shift is None else o.shift
-        return ModuleRule(
+        rule = ModuleRule(
             weight_formats=self._candidates(weight_bits, weight_formats, f"the weight of {name}"),
             input_formats=self._candidates(activation_bits, input_formats, f"the input of {name}"),
             granularity=granularity,
-            shift=shift and self.method == "fpq",
+            shift=shift and self.method == "fpq" and granularity != "per_block",
+            weight_blocks=self.weights.blocks if weight_granularity == "per_block" else None,
+            input_blocks=self.inputs.blocks if granularity == "per_block" else None,
         )
+        self._check_blocks(rule, name)
+        return rule
+
+    def _check_blocks(self, rule: ModuleRule, name: str) -> None:
+        if (rule.weight_blocks or rule.input_blocks) and self.method == "smoothquant":
+            raise RecipeError(f"{name}: method smoothquant has no block scales; use fpq or minmax")
+        if rule.input_formats and rule.weight_formats and (rule.weight_blocks is None) != (rule.input_blocks is None):
+            raise RecipeError(
+                f"{name}: block scales on only one of weight and input are not implemented; make both granularities per_block, "
+                "or the input 16 bits"
+            )
 
     def embedding_formats(self) -> tuple[FloatFormat, ...]:
         """Return the candidate formats of embeddings; empty where they stay float."""
@@ -279,59 +315,3 @@ def validated(model: type[Any], data: Any, where: str) -> Any:
             raise RecipeError(f"{where}: unknown key {place!r}; known at the top level: {known}") from None
         message = first["msg"].removeprefix("Value error, ")
         raise RecipeError(f"{where}: {place}: {message}") from None
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "fpq": {"method": "fpq"},
-    "fpq-baseline": {"method": "fpq-baseline", "inputs": {"shift": False, "sinks": "static"}},
-    "fpq-gptq": {"method": "fpq", "search": {"compensation": "gptq"}},
-    "minmax-fp": {"method": "minmax", "inputs": {"shift": False, "sinks": "static"}},
-    "minmax-int": {
-        "method": "minmax",
-        "weights": {"formats": ["int"]},
-        "inputs": {"formats": ["int"], "shift": False, "sinks": "static"},
-    },
-    "smoothquant": {"method": "smoothquant", "inputs": {"shift": False, "sinks": "static"}},
-    "fpq-paper": {
-        "method": "fpq",
-        "inputs": {"sinks": "static"},
-        "search": {"grid": "paper", "propagation": "parallel"},
-    },
-}
-"""The named recipes, as data; every other field has its default."""
-
-SUMMARIES: dict[str, str] = {
-    "fpq": "format, scale and channel shift searched by output error; per-token scale at attention-sink sites (default)",
-    "fpq-baseline": "format and scale searched, static per-tensor inputs without shift",
-    "fpq-gptq": "fpq, then levels chosen with error compensation (GPTQ on the float grid)",
-    "minmax-fp": "the standard float format of the width (E2M1, E4M3), scales from the largest magnitude",
-    "minmax-int": "symmetric integers (INT4 is -7..7, the grid of E1M2), scales from the largest magnitude",
-    "smoothquant": "integers with input range migrated into the weights (alpha 0.5), scales from the largest magnitude",
-    "fpq-paper": "as published: the paper's grid of biases, float inputs to every layer, all scales static",
-}
-
-
-def load_recipe(name_or_path: str) -> Recipe:
-    """Return a named recipe, or the recipe of a YAML file.
-
-    Raises:
-        RecipeError: no such name or file, not YAML, or a key or value the schema refuses.
-    """
-    if name_or_path in PRESETS:
-        return Recipe.model_validate({"name": name_or_path, **PRESETS[name_or_path]})
-    path = Path(name_or_path)
-    if not path.is_file():
-        raise RecipeError(f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(PRESETS)}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path} must be a mapping of recipe keys, such as 'method: fpq'")
-    recipe: Recipe = validated(Recipe, data, str(path))
-    return recipe
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """Return the recipe as YAML that :func:`load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,66 @@
+"""What a target can hold of a checkpoint, decided before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_fp4.checkpoint import Manifest, ModuleEntry
+from llm_fp4.errors import UnsupportedError
+
+
+@dataclass
+class Holding:
+    """The account of one export.
+
+    Attributes:
+        target: the format written. containers: module → the target's type that holds its weight exactly.
+        dropped: sentences on what the target cannot hold and the export leaves out.
+        notes: sentences on how to run the result.
+    """
+
+    target: str
+    containers: dict[str, str]
+    dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"target": self.target, "containers": self.containers, "dropped": self.dropped, "notes": self.notes}
+
+
+def some(names: Iterable[str]) -> str:
+    """Return the first of ``names`` and how many more there are.
+
+    >>> some(["a", "b", "c"])
+    'a and 2 more'
+    """
+    first, *rest = names
+    return f"{first} and {len(rest)} more" if rest else first
+
+
+def hold_weights(manifest: Manifest, target: str, container: Callable[[ModuleEntry], str | None], remedy: str) -> Holding:
+    """Return how ``target`` holds every weight, with the input side left out.
+
+    Args:
+        container: the target's type that holds an entry's weight without rounding, or None. remedy: what to do where it is None.
+    Raises:
+        UnsupportedError: weights that the target cannot hold, or that mean nothing without their input side (SmoothQuant).
+    """
+    found = {n: container(e) for n, e in manifest.items()}
+    if refused := [n for n, held in found.items() if held is None]:
+        kinds = ", ".join(sorted({manifest[n].format.name.upper() for n in refused}))
+        raise UnsupportedError(f"{target} cannot hold the {kinds} weights of {some(refused)} without rounding them again; {remedy}")
+    if smooth := [n for n, e in manifest.items() if e.input is not None and e.input.smooth]:
+        raise UnsupportedError(
+            f"{target} cannot hold the input factors of {some(smooth)}, and without them the weights are wrong; "
+            "export a recipe other than smoothquant"
+        )
+    holding = Holding(target, {n: held for n, held in found.items() if held is not None})
+    if inputs := [n for n, e in manifest.items() if e.input is not None]:
+        shifts = sum(bool(manifest[n].input.max_shift) for n in inputs)  # type: ignore[union-attr]
+        also = f", {shifts} of them with channel shifts" if shifts else ""
+        holding.dropped.append(
+            f"the input side of {len(inputs)} layers{also}: the exported model is weight-only, its inputs stay float"
+        )
+    return holding

@@ -1,0 +1,62 @@
+"""The operations of block formats (NVFP4, MXFP4) as torch.library ops: inputs scaled block by block, decoded weights.
+
+Values are exact products of a level and a stored scale; only the sum over channels rounds. The bodies are the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llm_fp4.numerics import FloatFormat, PerBlock, block_step, decode, max_scale, round_to_level, unpack
+
+
+@torch.library.custom_op("llm_fp4::quantize_blocks", mutates_args=())
+def quantize_blocks(x: Tensor, second: Tensor, block_size: int, scale_dtype: str, exponent_bits: int, mantissa_bits: int) -> Tensor:
+    """Return (tokens, in) float32 ``x`` rounded under the scale that each block's largest magnitude asks for, at run time.
+
+    Args:
+        x: (tokens, in) float. second: () float32, the static scale over E4M3 scales; 1 for other scales.
+        block_size, scale_dtype: see :class:`~llm_fp4.numerics.PerBlock`; the last block of a row may be short.
+    Returns:
+        (tokens, in) float32 values; a block whose stored scale is 0 becomes 0.
+    """
+    fmt, blocks = FloatFormat(exponent_bits, mantissa_bits), PerBlock(block_size, scale_dtype)
+    columns = x.shape[-1]
+    padded = pad(x.float(), (0, -columns % block_size))
+    tiles = padded.reshape(len(x), padded.shape[-1] // block_size, block_size)  # (tokens, blocks, block_size)
+    step = block_step(max_scale(tiles.abs().amax(-1), second, fmt, blocks), second, fmt).unsqueeze(-1)
+    inverse = torch.where(step > 0, 1.0 / step, torch.zeros_like(step))
+    return round_to_level(tiles * inverse, fmt).mul_(step).flatten(-2)[:, :columns].contiguous()
+
+
+@quantize_blocks.register_fake
+def _(x, second, block_size, scale_dtype, exponent_bits, mantissa_bits):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("llm_fp4::block_linear", mutates_args=())
+def block_linear(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, second: Tensor | None, bias: Tensor | None,
+    block_size: int, scale_dtype: str, exponent_bits: int, mantissa_bits: int,
+) -> Tensor:  # fmt: skip
+    """Return the (tokens, out) float32 of a float input and weights with block scales, decoded for this call only.
+
+    Args:
+        x: (tokens, in) float. weight_packed: (out, packed_width(in, bits)) uint8.
+        weight_scale: (out, ceil(in / block_size)) uint8, the stored bytes of E4M3 or E8M0, or float16.
+        second: () float32 over E4M3 scales, None for others. bias: (out,) float32 or None.
+    """
+    fmt = FloatFormat(exponent_bits, mantissa_bits)
+    columns = x.shape[-1]
+    stored = weight_scale.view(PerBlock(block_size, scale_dtype).torch_dtype)
+    step = block_step(stored, second, fmt).repeat_interleave(block_size, -1)[:, :columns]
+    weight = decode(unpack(weight_packed, fmt.bits, columns), fmt).mul_(step)
+    out = x.float() @ weight.t()
+    return out if bias is None else out.add_(bias)
+
+
+@block_linear.register_fake
+def _(x, weight_packed, weight_scale, second, bias, block_size, scale_dtype, exponent_bits, mantissa_bits):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], weight_packed.shape[0]), dtype=torch.float32)

@@ -1,0 +1,22 @@
+"""Recipe: what the user wishes. Validated before anything is loaded; unknown keys are refused."""
+
+from llm_fp4.recipe.files import dump_recipe, load_recipe
+from llm_fp4.recipe.presets import PRESETS, SUMMARIES
+from llm_fp4.recipe.schema import (
+    FLOAT_BITS,
+    Bits,
+    Calibration,
+    InputRules,
+    ModuleRule,
+    Override,
+    Recipe,
+    SearchRules,
+    WeightRules,
+    matches,
+    validated,
+)
+
+__all__ = [
+    "FLOAT_BITS", "PRESETS", "SUMMARIES", "Bits", "Calibration", "InputRules", "ModuleRule", "Override", "Recipe", "SearchRules",
+    "WeightRules", "dump_recipe", "load_recipe", "matches", "validated",
+]  # fmt: skip

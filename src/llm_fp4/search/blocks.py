@@ -1,0 +1,88 @@
+"""Block formats: the plan of a site whose weights and input have a scale for every few values.
+
+Engines scale an input's blocks when they run, so of an input only the scale over E4M3 scales is chosen. A weight's block
+scale is any stored value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm_fp4.numerics import fake_quantize, max_scale, neighbour, second_scale
+from llm_fp4.plan import InputPlan, InputSpec, SiteResult, WeightPlan
+from llm_fp4.recipe import ModuleRule, Recipe
+from llm_fp4.search.block_compensation import BlockGrid, compensate_blocks
+from llm_fp4.search.block_scales import search_scales
+from llm_fp4.search.inputs import InputChoice, OutputError
+from llm_fp4.search.weights import output_loss
+from llm_fp4.statistics import SiteStatistics
+
+_OCTAVES = 8  # of candidates below the scale of an input's largest magnitude
+
+
+def search_blocks(
+    name: str, weights: dict[str, Tensor], statistics: SiteStatistics, rules: dict[str, ModuleRule], recipe: Recipe
+) -> SiteResult:
+    """Return the plan of a site whose weights have block scales.
+
+    Method "minmax" takes every scale from the largest magnitude, others search it, for all blocks of a row jointly; error
+    compensation then searches levels and scales again.
+
+    Args:
+        weights: (out, in) float32 of every operand; all share one second scale, as engines that fuse them require.
+    """
+    rule = next(iter(rules.values()))
+    search = recipe.method != "minmax"
+    choice = (
+        choose_block_input(weights, statistics, rule, recipe.search.sample_tokens, search=search) if rule.input_formats else None
+    )
+    gram = statistics.quantized_gram(choice.quantize if choice else None)
+    blocks = rule.weight_blocks
+    assert blocks is not None
+    top = torch.stack([w.abs().amax() for w in weights.values()]).amax()
+    formats = {f for r in rules.values() for f in r.weight_formats}
+    second = torch.stack([second_scale(top, f) for f in formats]).amax() if blocks.two_level else None
+
+    result, loss, energy = SiteResult(None, {}), 0.0, 0.0
+    for n, w in weights.items():
+        own = max(float(((w @ statistics.gram) * w).double().sum()), 1e-30)
+        best: tuple[float, WeightPlan] | None = None
+        for fmt in rules[n].weight_formats if search else rules[n].weight_formats[:1]:
+            scale = neighbour(max_scale(blocks.absmax(w), second, fmt, blocks), 0, blocks)
+            if search:
+                scale = search_scales(w, gram, fmt, blocks, scale, second, joint=True)
+            plan = WeightPlan(n, fmt, scale, None, blocks, second)
+            lost = output_loss(w, fake_quantize(w, plan.step(w.shape[1]), fmt), gram)
+            best = (lost, plan) if best is None or lost < best[0] else best
+        assert best is not None
+        lost, plan = best
+        if search and recipe.search.compensation == "gptq":
+            values, scale = compensate_blocks(w, gram, BlockGrid(plan.format, blocks, second), recipe.search)
+            if (again := output_loss(w, values, gram)) < lost:
+                lost, plan.scale, result.rounded[n] = again, scale, values
+        result.weights[n], plan.error = plan, lost / own
+        loss, energy = loss + lost, energy + own
+    if choice is not None:
+        result.input = InputPlan(name, list(weights), choice.spec, choice.scale, error=loss / energy)
+    return result
+
+
+def choose_block_input(
+    weights: dict[str, Tensor], statistics: SiteStatistics, rule: ModuleRule, sample_tokens: int, *, search: bool
+) -> InputChoice:
+    """Return the format of an input with block scales, and the scale over them that harms the float outputs least."""
+    blocks = rule.input_blocks
+    assert blocks is not None
+    stacked = torch.cat(list(weights.values()))
+    error = OutputError(*statistics.sample(sample_tokens), stacked, stacked)
+    best: InputChoice | None = None
+    for fmt in rule.input_formats if search else rule.input_formats[:1]:
+        spec, top = InputSpec(fmt, blocks.name), statistics.channel_absmax.amax()
+        first = second_scale(top, fmt) if blocks.two_level else torch.ones_like(top)
+        for octave in range(_OCTAVES if search and blocks.two_level else 1):
+            choice = InputChoice(spec, first * 2.0**-octave, None, float("inf"))
+            choice.loss = float(error(choice.quantize(error.rows)))
+            best = choice if best is None or choice.loss < best.loss else best
+    assert best is not None
+    return best
