@@ -186,3 +186,60 @@ class SiteResult:
     input: InputPlan | None
     weights: dict[str, WeightPlan]
     rounded: dict[str, Tensor] = field(default_factory=dict)
+
+
+ATTENTION_INPUTS = ("query", "key", "probability", "value")
+"""The inputs of an attention's two products: query · key' and probability · value."""
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """How the inputs of an attention's products are quantized, without the numbers.
+
+    Attributes:
+        formats: of query, key, probability and value, in that order.
+        heads: 0 for one scale a tensor, else the number of heads, each with its own scale.
+    """
+
+    formats: tuple[FloatFormat, FloatFormat, FloatFormat, FloatFormat]
+    heads: int = 0
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """The shape of each input's scale."""
+        return (self.heads, 1, 1) if self.heads else ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {**{n: f.name for n, f in zip(ATTENTION_INPUTS, self.formats, strict=True)}, "heads": self.heads}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> AttentionSpec:
+        """Return the spec a checkpoint describes.
+
+        Raises:
+            CheckpointError: a field is missing or not known.
+        """
+        if set(data) != {*ATTENTION_INPUTS, "heads"} or not isinstance(data["heads"], int) or data["heads"] < 0:
+            raise CheckpointError(f"attention description has the fields {sorted(data)}; the checkpoint needs a newer llm-fp4")
+        first, second, third, fourth = (parse(data[n]) for n in ATTENTION_INPUTS)
+        return cls((first, second, third, fourth), data["heads"])
+
+
+@dataclass
+class ProductPlan:
+    """The decision for one product of two inputs, neither of them a weight.
+
+    Attributes:
+        formats, scales: of the first and of the second input; scales float32 () or (heads, 1, 1), the steps.
+        error: squared error of the product over its squared norm, on the calibration sample.
+    """
+
+    formats: tuple[FloatFormat, FloatFormat]
+    scales: tuple[Tensor, Tensor]
+    error: float
+
+    def to_json(self, names: tuple[str, str]) -> dict[str, Any]:
+        inputs = {
+            n: {"format": f.name, "scale": s.flatten().tolist()} for n, f, s in zip(names, self.formats, self.scales, strict=True)
+        }
+        return {"operands": list(names), **inputs, "error": self.error}

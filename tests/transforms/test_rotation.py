@@ -12,7 +12,7 @@ from torch import Tensor
 
 import llm_fp4
 from llm_fp4.errors import UnsupportedError
-from llm_fp4.models import BlockRunner, FloatModel, InMemory, find_structure, open_model
+from llm_fp4.models import FloatModel, InMemory, find_structure, open_model
 from llm_fp4.nn import QuantLinear
 from llm_fp4.pipeline.rotating import rotated
 from llm_fp4.recipe import Recipe
@@ -75,7 +75,7 @@ def test_the_float_function_stays(tmp_path: Path, tokens: Tensor, kind: str, con
     structure = find_structure(opened.model)
     batch = {"input_ids": tokens, "use_cache": False}
     with torch.no_grad():
-        source = rotated(opened.model, structure, opened.source, BlockRunner(opened.model, structure.blocks), batch, CPU, 0)
+        source = rotated(opened.model, structure, opened.source, batch, CPU, 0)
         source.load(opened.model, "", CPU)
         expected, found = model(tokens).logits, opened.model(tokens).logits
     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))

@@ -7,7 +7,8 @@ from llm_fp4.api.evaluating import answer_questions, evaluate
 from llm_fp4.api.exporting import Exported, export, hold
 from llm_fp4.api.figures import draw_activations
 from llm_fp4.api.generating import generate_text
-from llm_fp4.api.inspecting import Inspection, LayerReport, inspect_model
+from llm_fp4.api.inspecting import AttentionReport, Inspection, LayerReport, inspect_model
+from llm_fp4.api.judging import judge_images, judge_speech, judge_table
 from llm_fp4.api.loading import Loaded, load, load_any
 from llm_fp4.api.quantization import quantize, quantize_module
 
@@ -32,6 +33,9 @@ __all__ = [
     "generate_text",
     "hold",
     "inspect_model",
+    "judge_images",
+    "judge_speech",
+    "judge_table",
     "load",
     "load_any",
     "quantize",

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm_fp4.api.calibrate import calibration_tokens
 from llm_fp4.api.prepare import checked_device, checked_structure, float32_everywhere, token_batches
@@ -74,15 +74,14 @@ def activation_statistics(
     target = checked_device(device)
     opened = source if isinstance(source, FloatModel) else open_model(str(source))
     model, structure = opened.model, checked_structure(opened.model, recipe)
-    runner = BlockRunner(model, structure.blocks)
     found: list[SiteActivations] = []
     with tempfile.TemporaryDirectory() as folder, float32_everywhere(model, target):
         store = RunStore(Path(folder), {}, len(structure.blocks) + 2, shards=False)
-        batches = token_batches(calibration_tokens(opened, recipe, store, progress), target)
+        batches = token_batches(model, calibration_tokens(opened, recipe, store, progress), target)
+        outputs = store.outputs
+        runner = BlockRunner(model, structure.stacks, batches, outputs.load)
         outside = tuple(f"{b}." for b in structure.blocks)
         opened.source.load(model, "", target, lambda n: not n.startswith(outside))
-        for i, batch in enumerate(batches):
-            store.save_input(0, i, runner.first_hidden(batch))
 
         def gather(names: list[str], run: Callable[[int], object]) -> None:
             linears = {n: model.get_submodule(n) for n in names if recipe.selects(n)}
@@ -94,26 +93,22 @@ def activation_statistics(
                 found.append(_summary(statistics, group))
                 sites[group[0]].delete()
 
-        for index, name in enumerate(structure.blocks):
-            progress(STAGE, index, len(structure.blocks) + 1)
-            block = opened.source.load(model, name, target)
-            gather(structure.linears[name], _runs(runner, index, block, store, batches, target))
-            for i, batch in enumerate(batches):  # in place: block after block reads what the one before wrote
-                store.save_input(0, i, runner.run(index, block, batch, store.input(0, i).to(target)))
+        while (name := runner.next_block()) is not None:
+            progress(STAGE, sum(runner.done.values()), len(structure.blocks) + 1)
+            opened.source.load(model, name, target)
+            gather(structure.linears[name], partial(runner.run, name))
+            for i in range(len(batches)):
+                outputs.save(name, i, runner.run(name, i))
             opened.source.release(model, name)
+            runner.finish(name)
+            outputs.keep(runner.last_blocks())
         progress(STAGE, len(structure.blocks), len(structure.blocks) + 1)
         if any(recipe.selects(n) for n in structure.outer_linears):
-            gather(structure.outer_linears, lambda i: runner.tail(batches[i], store.input(0, i).to(target)))
+            gather(structure.outer_linears, runner.tail)
         progress(STAGE, len(structure.blocks) + 1, len(structure.blocks) + 1)
     if not found:
         raise UnsupportedError("targets and ignore leave no linear layer whose input could be described; widen targets")
     return found
-
-
-def _runs(
-    runner: BlockRunner, index: int, block: nn.Module, store: RunStore, batches: list[dict[str, object]], device: torch.device
-) -> Callable[[int], object]:
-    return lambda i: runner.run(index, block, batches[i], store.input(0, i).to(device))
 
 
 def _summary(statistics: SiteStatistics, operands: list[str]) -> SiteActivations:

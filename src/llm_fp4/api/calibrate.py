@@ -32,7 +32,7 @@ def calibration_tokens(
         )
     model = None
     if c.source == "self":
-        model = opened.model if isinstance(opened.source, InMemory) else _whole_model(opened)
+        model = opened.model if isinstance(opened.source, InMemory) else whole_float_model(opened)
     tokens = load_tokens(
         c.source, opened.tokenizer, sequences=c.sequences, length=c.length, seed=recipe.seed, model=model, progress=progress
     )
@@ -42,7 +42,7 @@ def calibration_tokens(
     return tokens
 
 
-def _whole_model(opened: FloatModel) -> nn.Module:
+def whole_float_model(opened: FloatModel) -> nn.Module:
     """Return the float model loaded whole, to write its own calibration text.
 
     Raises:
@@ -52,7 +52,7 @@ def _whole_model(opened: FloatModel) -> nn.Module:
     free = _free_memory()
     if free is not None and need * 1.2 > free:
         raise CalibrationError(
-            f"--calibration self needs the whole float model in memory ({need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free); "
+            f"the float model must write its calibration data, all of it in memory ({need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free); "
             "name a text file or a hub data set instead"
         )
     model: nn.Module = type(opened.model).from_pretrained(opened.folder, dtype=torch.float32)  # type: ignore[attr-defined]

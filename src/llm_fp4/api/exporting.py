@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llm_fp4.api.loading import load
-from llm_fp4.checkpoint import read_config, verify
+from llm_fp4.checkpoint import read_attention, read_config, verify
 from llm_fp4.errors import OutputError, UnsupportedError
 from llm_fp4.export import TARGETS, Holding, PackedWeights
 from llm_fp4.models import open_tokenizer
@@ -40,6 +40,10 @@ def hold(path: str | Path, target: str) -> Holding:
         raise UnsupportedError(f"no export target {target!r}; choose {', '.join(sorted(TARGETS))}")
     folder = Path(path)
     manifest = verify(folder)
+    if attention := read_attention(read_config(folder)["quantization_config"], str(folder)):
+        raise UnsupportedError(
+            f"{target} cannot hold quantized attention products ({next(iter(attention))}); quantize again without --attention to export"
+        )
     holding: Holding = importlib.import_module(TARGETS[target]).hold(manifest, PackedWeights(folder, manifest))
     return holding
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor
+from torch import nn
 
 from llm_fp4.api.loading import is_checkpoint
 from llm_fp4.api.prepare import checked_structure
-from llm_fp4.checkpoint import read_config, verify
+from llm_fp4.checkpoint import read_attention, read_config, verify
 from llm_fp4.errors import CheckpointError
 from llm_fp4.models import FloatModel, Structure, open_model
+from llm_fp4.nn import linear_shape
 from llm_fp4.pipeline import shared_heads
 from llm_fp4.recipe import Recipe, load_recipe, matches
 from llm_fp4.storage import TensorFiles
@@ -24,7 +25,7 @@ class LayerReport:
     """One linear layer or embedding.
 
     Attributes:
-        kind: "linear" or "embedding". shape: (out, in) of a linear, (rows, columns) of an embedding.
+        kind: "linear", "embedding" or "other". shape: (out, in) of a linear, (rows, columns) of an embedding.
         weight: the weight's format, or the candidates of one not quantized yet; empty where it stays float.
         input: likewise of the input. site: the first of the layers that share this input, None where it stays float.
         granularity: of the input's scale, "per_tensor", "per_token" or "per_block_16_e4m3", say. input_scale: its step, the ratio
@@ -38,7 +39,7 @@ class LayerReport:
 
     name: str
     kind: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     weight: tuple[str, ...] = ()
     input: tuple[str, ...] = ()
     site: str | None = None
@@ -53,6 +54,22 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class AttentionReport:
+    """The two products of one attention module.
+
+    Attributes:
+        formats: of query, key, probability and value, candidates where not quantized yet; all empty where they stay float.
+        errors: squared error over the squared product of query · key' and of probability · value.
+        reason: why they are float.
+    """
+
+    name: str
+    formats: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+    errors: tuple[float | None, float | None] = (None, None)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What a model holds.
 
@@ -60,6 +77,7 @@ class Inspection:
         quantized: whether it is a checkpoint of ours; else the layers say what ``recipe`` would do.
         bytes: size of the tensors on disk, or of the parameters in their stored type for a float model.
         float_bytes: of the float model a checkpoint was made from.
+        attention: its attention modules, where their products are quantized or were to be.
     """
 
     origin: str
@@ -71,6 +89,7 @@ class Inspection:
     bytes: int
     float_bytes: int | None
     layers: list[LayerReport] = field(default_factory=list)
+    attention: list[AttentionReport] = field(default_factory=list)
 
 
 def inspect_model(source_or_dir: str | Path | FloatModel, recipe: Recipe | str = "fpq") -> Inspection:
@@ -116,7 +135,22 @@ def _checkpoint(folder: Path) -> Inspection:
     described = {k: str(quantization.get(k, "")) for k in ("recipe", "method", "bits")}
     size = sum(f.stat().st_size for f in sorted({*files.where.values()}))
     architecture = str((config.get("architectures") or ["unknown"])[0])
-    return Inspection(str(folder), True, architecture, **described, bytes=size, float_bytes=plan.get("float_bytes"), layers=layers)
+    return Inspection(
+        str(folder), True, architecture, **described, bytes=size, float_bytes=plan.get("float_bytes"), layers=layers,
+        attention=_attention(folder, plan),
+    )  # fmt: skip
+
+
+def _attention(folder: Path, plan: dict[str, Any]) -> list[AttentionReport]:
+    """Return the attention modules of a checkpoint, and those the plan says were left in float."""
+    decided, found = plan.get("attention", {}), []
+    for name, spec in read_attention(read_config(folder)["quantization_config"], str(folder)).items():
+        first, second, third, fourth = ((f.name,) for f in spec.formats)
+        products = decided.get(name)
+        errors = (products[0]["error"], products[1]["error"]) if isinstance(products, list) else (None, None)
+        found.append(AttentionReport(name, (first, second, third, fourth), errors))
+    left = {n: p["reason"] for n, p in decided.items() if isinstance(p, dict)}
+    return found + [AttentionReport(n, ((), (), (), ()), reason=reason) for n, reason in left.items()]
 
 
 def _plan(folder: Path) -> dict[str, Any]:
@@ -135,15 +169,17 @@ def _plan(folder: Path) -> dict[str, Any]:
 
 def _float(opened: FloatModel, recipe: Recipe) -> Inspection:
     structure = checked_structure(opened.model, recipe)
-    shared = shared_heads(structure, recipe)
+    shared = {**shared_heads(structure, recipe), **structure.aliases}
     layers = []
     for name in structure.names():
-        rows, columns = cast(Tensor, opened.model.get_submodule(name).weight).shape
-        kind = "embedding" if name in structure.embeddings else "linear"
+        shape = linear_shape(opened.model.get_submodule(name))
+        kind = "embedding" if name in structure.embeddings or name in structure.aliases else "linear"
         weight, read, reason = _candidates(name, kind, structure, recipe)
         if name in shared:
             reason = f"shares the codes of {shared[name]}"
-        layers.append(LayerReport(name, kind, (rows, columns), weight, read, reason=reason))
+        layers.append(LayerReport(name, kind, shape, weight, read, reason=reason))
+    for name, reason in structure.floats.items():
+        layers.append(LayerReport(name, "other", _shape(opened.model.get_submodule(name)), reason=reason))
     return Inspection(
         opened.origin,
         False,
@@ -154,7 +190,23 @@ def _float(opened: FloatModel, recipe: Recipe) -> Inspection:
         opened.bytes_float,
         None,
         layers,
+        _wished_attention(opened.model, recipe),
     )
+
+
+def _wished_attention(model: nn.Module, recipe: Recipe) -> list[AttentionReport]:
+    """Return what the recipe wants of attention; which modules have the seam is only known once they run."""
+    signed, probabilities = (tuple(f.name for f in formats) for formats in recipe.attention_formats())
+    if not signed:
+        return []
+    if getattr(model, "_can_set_attn_implementation", lambda: False)():
+        return [AttentionReport("every attention", (signed, signed, probabilities, signed))]
+    return [AttentionReport("every attention", ((), (), (), ()), reason="left in float: the model has no attention interface")]
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Return the shape of the module's widest parameter."""
+    return max((tuple(p.shape) for p in module._parameters.values() if p is not None), key=len)
 
 
 def _candidates(name: str, kind: str, structure: Structure, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...], str]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_fp4.errors import RecipeError, UnsupportedError
-from llm_fp4.models import Batch, Structure, find_stacks, find_structure
-from llm_fp4.recipe import Recipe
+from llm_fp4.models import Batch, Structure, find_structure
+from llm_fp4.recipe import Recipe, matches
 
 _BATCH_TOKENS = 4096
 
@@ -22,21 +22,22 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
     """Return the structure of ``model`` once the recipe is known to fit it, before anything is loaded.
 
     Raises:
-        UnsupportedError: no blocks, several stacks, or nothing selected. RecipeError: a pattern that matches nothing.
+        UnsupportedError: no blocks, nothing selected, or a layer asked for by name that cannot be quantized. RecipeError: a pattern that matches nothing.
     """
     structure = find_structure(model)
     if recipe.transforms.rotation != "none":  # the head takes over the last norm's gain, the embedding does not
         structure = replace(structure, tied={})
-    stacks = find_stacks(model)
     if not structure.blocks:
         raise UnsupportedError(
             f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing can be quantized block by block"
         )
-    if len(stacks) > 1:
-        raise UnsupportedError(
-            f"{type(model).__name__} has several stacks of blocks ({', '.join(stacks)}), which is not implemented in this version"
-        )
-    recipe.check_patterns([*structure.names(), *structure.others])
+    recipe.check_patterns([*structure.names(), *structure.others, *structure.floats])
+    for pattern in recipe.targets:
+        named = [n for n in structure.floats if matches(pattern, n)]
+        if named and not any(matches(pattern, n) for n in structure.names()):
+            raise UnsupportedError(
+                f"{named[0]} stays in float: it is {structure.floats[named[0]]}; leave {pattern!r} out of targets"
+            )
     if left := [n for n in structure.others if recipe.selects(n)]:
         kind = type(model.get_submodule(left[0])).__name__
         raise UnsupportedError(
@@ -46,9 +47,12 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
     chosen = [n for n in structure.names() if recipe.selects(n)]
     if not chosen:
         raise UnsupportedError("targets and ignore leave no layer to quantize; widen targets or ignore less")
+    for alias, owner in structure.aliases.items():
+        if recipe.selects(alias) != recipe.selects(owner):
+            raise RecipeError(f"{alias} shares the weight of {owner}, so both or none are quantized; ignore or target both")
     anything = False
     for name in chosen:
-        if name in structure.embeddings:
+        if name in structure.embeddings or name in structure.aliases:
             anything |= bool(recipe.embedding_formats())
             continue
         rule = recipe.rule(name, head=name in structure.outer_linears)  # impossible formats are refused here
@@ -62,10 +66,10 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
     return structure
 
 
-def token_batches(tokens: Tensor, device: torch.device) -> list[Batch]:
+def token_batches(model: nn.Module, tokens: Tensor, device: torch.device) -> list[Batch]:
     """Return (sequences, length) token ids as batches of about 4,096 tokens; the split never depends on the machine."""
     size = max(1, _BATCH_TOKENS // tokens.shape[1])
-    return [{"input_ids": part.to(device), "use_cache": False} for part in torch.split(tokens, size)]
+    return [as_batch(model, {"input_ids": part}, device) for part in torch.split(tokens, size)]
 
 
 def checked_device(name: str) -> torch.device:
@@ -94,13 +98,25 @@ def float32_everywhere(model: nn.Module, device: torch.device) -> Iterator[None]
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def as_batch(model: nn.Module, batch: Any) -> Batch:
+def route_attention(model: nn.Module, recipe: Recipe) -> None:
+    """Let the attention of ``model`` run where its products can be quantized, if the recipe wants that.
+
+    Where the model has no such seam its attention stays in float, and the plan says so.
+    """
+    if recipe.attention_formats()[0]:
+        from llm_fp4.integrations.attention import use_quantized_attention
+
+        use_quantized_attention(model)
+
+
+def as_batch(model: nn.Module, batch: Any, device: torch.device) -> Batch:
+    """Return one calibration input as keyword arguments of ``model``, its tensors on ``device``, without a cache of keys."""
     parameters = inspect.signature(model.forward).parameters
     if isinstance(batch, Tensor):
         batch = {next(iter(parameters)): batch}
     elif isinstance(batch, tuple | list):
         batch = dict(zip(parameters, batch, strict=False))
-    out = dict(batch)
+    out = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in dict(batch).items()}
     if "use_cache" in parameters:
         out.setdefault("use_cache", False)
     return out

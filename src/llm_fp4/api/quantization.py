@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.api.calibrate import calibration_tokens
-from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, token_batches
+from llm_fp4.api.calibrate import calibration_tokens, whole_float_model
+from llm_fp4.api.media import source_batches
+from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, route_attention, token_batches
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError, UnsupportedError
-from llm_fp4.models import FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
-from llm_fp4.nn import QuantEmbedding, share_inputs
-from llm_fp4.pipeline import Job, shared_heads
+from llm_fp4.models import Batch, FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
+from llm_fp4.nn import CHILD, QuantEmbedding, share_inputs
+from llm_fp4.pipeline import Job, parts
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
 from llm_fp4.storage import output_error, write_json
@@ -32,7 +33,7 @@ STAGE = "open the model"
 
 def quantize(
     source: str | Path | FloatModel, out: str | Path, recipe: Recipe | str = "fpq", *, tokens: Tensor | None = None,
-    device: str = "cpu", progress: Progress = silent,
+    batches: Iterable[Any] | None = None, device: str = "cpu", progress: Progress = silent,
 ) -> Path:  # fmt: skip
     """Quantize the model ``source`` and return the checkpoint directory ``out``.
 
@@ -42,6 +43,8 @@ def quantize(
         source: a hub name, a directory, or a .gguf file; or one already opened.
         recipe: a Recipe, a named recipe or a YAML file.
         tokens: (sequences, length) int64 to calibrate on, instead of the recipe's calibration source.
+        batches: model inputs to calibrate on instead, each a mapping of keyword arguments or one tensor for the first
+            argument; images and audio as the model's processor makes them.
         device: where the search computes, "cuda" say.
     Raises:
         RecipeError, SourceError, CalibrationError, OutputError: each names the remedy.
@@ -59,28 +62,36 @@ def quantize(
     opened = source if isinstance(source, FloatModel) else open_model(str(source))
     structure = checked_structure(opened.model, recipe)
     progress(STAGE, 1, 1)
+    given = None if batches is None else [as_batch(opened.model, b, target) for b in batches]
+    if given == []:
+        raise CalibrationError("no calibration batches were given; pass an iterable of at least one model input")
     fingerprint = {
         "source": _fingerprint(opened), "recipe": dump_recipe(recipe), "device": target.type,
-        "calibration data": _data_digest(recipe, tokens), "version of torch or llm-fp4": f"{torch.__version__} {_version()}",
+        "calibration data": _data_digest(recipe, tokens, given), "version of torch or llm-fp4": f"{torch.__version__} {_version()}",
         "number of threads": torch.get_num_threads(),
     }  # fmt: skip
     store = RunStore(work, fingerprint, len(structure.blocks) + 2)
     with _keeping_what_is_finished(store):
-        _fill(store, opened, structure, recipe, tokens, out, target, progress)
+        _fill(store, opened, structure, recipe, tokens, given, out, target, progress)
     return out
 
 
 def _fill(
-    store: RunStore, opened: FloatModel, structure: Structure, recipe: Recipe, tokens: Tensor | None, out: Path, target: torch.device,
-    progress: Progress,
+    store: RunStore, opened: FloatModel, structure: Structure, recipe: Recipe, tokens: Tensor | None,
+    batches: list[Batch] | None, out: Path, target: torch.device, progress: Progress,
 ) -> None:  # fmt: skip
     """Run what the store lacks and move the finished checkpoint to ``out``."""
     shapes = weight_shapes(opened.model, structure)
     config = _config(opened.model, structure, recipe)
     float_bytes = opened.bytes_float
-    tokens = calibration_tokens(opened, recipe, store, progress, tokens)
+    if batches is None and tokens is None:
+        batches = source_batches(opened, recipe, target, lambda: whole_float_model(opened).to(target))
+        batches = None if batches is None else [as_batch(opened.model, b, target) for b in batches]
+    if batches is None:
+        batches = token_batches(opened.model, calibration_tokens(opened, recipe, store, progress, tokens), target)
+    route_attention(opened.model, recipe)
     with float32_everywhere(opened.model, target):
-        Job(opened.model, structure, opened.source, recipe, token_batches(tokens, target), store, target, progress).run()
+        Job(opened.model, structure, opened.source, recipe, batches, store, target, progress).run()
     finish_checkpoint(
         store, out, config, shapes, dump_recipe(recipe),
         {"recipe": recipe.name, "method": recipe.method, "bits": str(recipe.bits), "float_bytes": float_bytes},
@@ -121,13 +132,15 @@ def quantize_module(
     if recipe.transforms.rotation != "none":
         raise UnsupportedError("transforms.rotation is not implemented for a model in memory; quantize it from its directory")
     structure = checked_structure(model, recipe)
-    prepared = [as_batch(model, b) for b in batches]
+    device = next(model.parameters()).device
+    prepared = [as_batch(model, b, device) for b in batches]
     if not prepared:
         raise CalibrationError("no calibration batches were given; pass an iterable of at least one model input")
-    device = next(model.parameters()).device
     dtypes, training = {n: t.dtype for n, t in _all_tensors(model)}, model.training
     originals = {n: model.get_submodule(n) for n in structure.names()}
     model.float().eval()
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    route_attention(model, recipe)
     try:
         with float32_everywhere(model, device), tempfile.TemporaryDirectory() as folder:
             store = RunStore(Path(folder), {}, len(structure.blocks) + 2)
@@ -135,15 +148,19 @@ def quantize_module(
     except BaseException:
         for name, module in originals.items():  # all or nothing
             set_module(model, name, module)
+        for module in model.modules():
+            module._modules.pop(CHILD, None)
+        if attention is not None:
+            model.set_attn_implementation(attention)  # type: ignore[operator]
         raise
     finally:
         for name, tensor in _all_tensors(model):  # what was not quantized gets its own dtype back
             if dtypes.get(name, tensor.dtype) != tensor.dtype:
                 tensor.data = tensor.data.to(dtypes[name])
         model.train(training)
-    for name in structure.embeddings:
+    for name in (*structure.embeddings, *structure.aliases):
         if isinstance(table := model.get_submodule(name), QuantEmbedding):
-            table._dtype = table._dtype.to(dtypes[f"{name}.weight"])
+            table._dtype = table._dtype.to(dtypes[f"{structure.aliases.get(name, name)}.weight"])
     share_inputs(model)
     return model
 
@@ -166,12 +183,20 @@ def _fingerprint(opened: FloatModel) -> str:
     return digest.hexdigest()
 
 
-def _data_digest(recipe: Recipe, tokens: Tensor | None) -> str:
-    """Return what tells one set of calibration data from another: the tokens given, or the file's size and time."""
-    if tokens is not None:
-        return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
-    file = Path(recipe.calibration.source)
-    return f"{file.stat().st_size} {file.stat().st_mtime_ns}" if file.is_file() else recipe.calibration.source
+def _data_digest(recipe: Recipe, tokens: Tensor | None, batches: list[Batch] | None) -> str:
+    """Return what tells one set of calibration data from another: what was given, or the file's size and time."""
+    if tokens is not None or batches is not None:
+        digest = hashlib.sha256()
+        for batch in batches if batches is not None else [{"tokens": tokens}]:
+            for name, value in batch.items():
+                content = (
+                    value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if isinstance(value, Tensor) else value
+                )
+                digest.update(f"{name} ".encode() + (content if isinstance(content, bytes) else str(content).encode()))
+        return digest.hexdigest()
+    source = Path(recipe.calibration.source)
+    files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else []
+    return " ".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files) or recipe.calibration.source
 
 
 def _version() -> str:
@@ -185,20 +210,17 @@ def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:
     """Return config.json of the checkpoint, without ``quantization_config``."""
     config: dict[str, Any] = model.config.to_dict()
     config["architectures"] = [type(model).__name__]
-    if recipe.transforms.rotation != "none":
+    if recipe.transforms.rotation != "none" or parts(structure, recipe):
         config["tie_word_embeddings"] = False
-    shared = shared_heads(structure, recipe)
-    for head, embedding in structure.tied.items():
-        packed_head = recipe.selects(head) and recipe.rule(head, head=True).weight_formats
-        packed_embedding = recipe.selects(embedding) and recipe.embedding_formats()
-        if head not in shared and (packed_head or packed_embedding):
-            config["tie_word_embeddings"] = False  # stored apart from now on
     return config
 
 
 def _save_extras(opened: FloatModel, folder: Path) -> None:
     if opened.tokenizer is not None:
         opened.tokenizer.save_pretrained(folder)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if opened.gguf is None and (opened.folder / name).is_file():
+            shutil.copyfile(opened.folder / name, folder / name)
     stored = opened.folder / "generation_config.json"
     if opened.gguf is None and stored.is_file():
         shutil.copyfile(stored, folder / stored.name)  # as it is: saving it anew refuses what older versions wrote

@@ -49,6 +49,15 @@ def shared_inputs(linears: Linears, run: Callable[[], object]) -> list[list[str]
     return list(groups.values())
 
 
+def inputs_of(linears: Linears, run: Callable[[], object]) -> list[Tensor]:
+    """Return what ``linears`` read while ``run`` runs, in order."""
+    seen: list[Tensor] = []
+    with ExitStack() as stack:
+        _hook(stack, linears, lambda _, x: seen.append(x))
+        run()
+    return seen
+
+
 def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return the (tokens, channels) rows of (..., channels) ``x`` without padding.
 

@@ -1,5 +1,6 @@
 """Checkpoints: the manifest, the store of a run that can be continued, and the finished directory."""
 
+from llm_fp4.checkpoint.attention import read_attention
 from llm_fp4.checkpoint.finish import finish_checkpoint
 from llm_fp4.checkpoint.manifest import (
     METHOD,
@@ -10,11 +11,13 @@ from llm_fp4.checkpoint.manifest import (
     manifest_of_plans,
     read_config,
     read_manifest,
+    site_spec,
     verify,
 )
+from llm_fp4.checkpoint.outputs import BlockOutputs
 from llm_fp4.checkpoint.run_store import RunStore
 
 __all__ = [
-    "METHOD", "STORED", "VERSION", "Manifest", "ModuleEntry", "RunStore", "finish_checkpoint", "manifest_of_plans", "read_config",
-    "read_manifest", "verify",
+    "METHOD", "STORED", "VERSION", "BlockOutputs", "Manifest", "ModuleEntry", "RunStore", "finish_checkpoint", "manifest_of_plans",
+    "read_attention", "read_config", "read_manifest", "site_spec", "verify",
 ]  # fmt: skip

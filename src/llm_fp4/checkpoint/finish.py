@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from llm_fp4.checkpoint.attention import attention_of_plans
 from llm_fp4.checkpoint.manifest import METHOD, VERSION, manifest_of_plans
 from llm_fp4.checkpoint.run_store import RunStore
 from llm_fp4.storage import output_error, write_json, write_text
@@ -33,11 +34,15 @@ def finish_checkpoint(
     except OSError as error:
         raise output_error(error, folder) from None
     modules = manifest_of_plans(plans, shapes)
+    if attention := attention_of_plans(plans):
+        description = {**description, "attention": attention}
     quantization = {"quant_method": METHOD, "version": VERSION, **description, "modules": modules}
     write_json(folder / "config.json", {**config, "quantization_config": quantization})
     inputs = {n: p for plan in plans for n, p in plan["inputs"].items()}
     weights = {n: p for plan in plans for n, p in plan["weights"].items()}
-    write_json(folder / "plan.json", {"version": VERSION, **description, "inputs": inputs, "weights": weights})
+    products = {n: p for plan in plans for n, p in plan.get("attention", {}).items()}
+    decided = {"inputs": inputs, "weights": weights, **({"attention": products} if products else {})}
+    write_json(folder / "plan.json", {"version": VERSION, **description, **decided})
     write_text(folder / "recipe.yaml", recipe_yaml)
     weight_map, size = store.weight_map(), 0
     for shard in sorted(set(weight_map.values())):

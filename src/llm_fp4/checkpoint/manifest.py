@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from llm_fp4.checkpoint.attention import read_attention, verify_attention
 from llm_fp4.errors import CheckpointError, LlmFp4Error
+from llm_fp4.nn import CHILD
 from llm_fp4.numerics import FloatFormat, PerBlock, packed_width, parse, parse_granularity
 from llm_fp4.plan import InputSpec
 from llm_fp4.storage import TensorFiles
@@ -135,6 +137,12 @@ def read_manifest(config: dict[str, Any], where: str) -> Manifest:
     return manifest
 
 
+def site_spec(site: dict[str, Any]) -> InputSpec:
+    """Return the spec of an input site from its plan as JSON."""
+    known = {"format", "granularity", "max_shift", "smooth", "transform"}
+    return InputSpec.from_json({k: v for k, v in site.items() if k in known})
+
+
 def manifest_of_plans(plans: list[dict[str, Any]], shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """Return the JSON of all modules in the units' plans, by module name."""
     inputs = {operand: site for plan in plans for site in plan["inputs"].values() for operand in site["operands"]}
@@ -142,10 +150,7 @@ def manifest_of_plans(plans: list[dict[str, Any]], shapes: dict[str, tuple[int, 
     for plan in plans:
         for name, weight in plan["weights"].items():
             site = inputs.get(name)
-            spec = None
-            if site is not None:
-                known = {"format", "granularity", "max_shift", "smooth", "transform"}
-                spec = InputSpec.from_json({k: v for k, v in site.items() if k in known})
+            spec = site_spec(site) if site is not None else None
             blocks = parse_granularity(weight["granularity"]) if "granularity" in weight else None
             assert blocks is None or isinstance(blocks, PerBlock)
             entry = ModuleEntry(
@@ -189,8 +194,10 @@ def verify(folder: Path) -> Manifest:
     Raises:
         CheckpointError: anything missing, truncated, or of another shape than the manifest says.
     """
-    manifest = read_manifest(read_config(folder)["quantization_config"], str(folder))
+    quantization = read_config(folder)["quantization_config"]
+    manifest = read_manifest(quantization, str(folder))
     files = TensorFiles(folder, CheckpointError)
+    verify_attention(read_attention(quantization, str(folder)), files, CHILD)
     for name, entry in manifest.items():
         for suffix, shape in entry.tensors().items():
             full = f"{name}.{suffix}"

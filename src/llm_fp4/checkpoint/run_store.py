@@ -1,4 +1,4 @@
-"""What a run has finished, on disk: one shard and one plan a unit, and the inputs of the next unit.
+"""What a run has finished, on disk: one shard and one plan a unit, and the outputs that later units read.
 
 A unit is the embeddings, one block, or the tail with the output head. A run killed anywhere goes on after its last
 finished unit: everything of a unit is written first, then ``progress.json`` moves on in one step.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llm_fp4.checkpoint.outputs import BlockOutputs
 from llm_fp4.errors import OutputError
 from llm_fp4.storage import output_error, write_json, write_tensors
 
@@ -75,7 +77,7 @@ class RunStore:
             raise output_error(error, self.folder) from None
         write_json(identity, fingerprint)
         self.done: int = finished
-        self.tuples: bool = bool(finished and _json(progress).get("tuples", False))  # whether blocks return tuples
+        self.outputs = BlockOutputs(self.state / "outputs")
 
     def _clear(self) -> None:
         """Remove everything but the lock."""
@@ -95,28 +97,14 @@ class RunStore:
     def shard_name(self, unit: int) -> str:
         return f"model-{unit + 1:05d}-of-{self.units:05d}.safetensors"
 
-    def _inputs(self, unit: int) -> Path:
-        return self.state / f"inputs-{unit:05d}"
-
-    def save_input(self, unit: int, batch: int, hidden: Tensor) -> None:
-        """Store the hidden states that ``unit`` will read for ``batch``."""
-        folder = self._inputs(unit)
-        folder.mkdir(exist_ok=True)
-        write_tensors(folder / f"{batch:05d}.safetensors", {"hidden": hidden})
-
-    def input(self, unit: int, batch: int) -> Tensor:
-        """Return the hidden states that ``unit`` reads for ``batch``."""
-        hidden: Tensor = _tensors(self._inputs(unit) / f"{batch:05d}.safetensors", self.folder)["hidden"]
-        return hidden
-
-    def finish(self, unit: int, tensors: dict[str, Tensor], plan: dict[str, Any]) -> None:
-        """Write the unit's shard and plan, then mark it finished and forget its inputs."""
+    def finish(self, unit: int, tensors: dict[str, Tensor], plan: dict[str, Any], keep: Collection[str] = ()) -> None:
+        """Write the unit's shard and plan, then mark it finished; of the outputs only those of the blocks ``keep`` stay."""
         if self._shards:
             write_tensors(self.checkpoint / self.shard_name(unit), tensors)
         write_json(self.state / f"plan-{unit:05d}.json", plan)
-        write_json(self.state / "progress.json", {"done": unit + 1, "tuples": self.tuples})
+        write_json(self.state / "progress.json", {"done": unit + 1})
         self.done = unit + 1
-        shutil.rmtree(self._inputs(unit), ignore_errors=True)
+        self.outputs.keep(keep)
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
 

@@ -1,4 +1,4 @@
-"""``llm-fp4 eval``: perplexity, distance to the float model, zero-shot accuracy."""
+"""``llm-fp4 eval``: perplexity, distance to the float model, zero-shot accuracy, images, labelled sentences and speech."""
 
 from __future__ import annotations
 
@@ -53,21 +53,49 @@ def evaluate(
         int | None,
         typer.Option("--limit", min=1, metavar="N", show_default=False, help="Questions of each file or task.  [default: all]"),
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option("--images", metavar="FOLDER", show_default=False, help="Images for top-1 and top-5; needs --labels."),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", metavar="FILE", show_default=False, help=".tsv or .csv: the image's file name, its class number."),
+    ] = None,
+    table: Annotated[
+        str | None,
+        typer.Option(
+            "--table",
+            metavar="FILE",
+            show_default=False,
+            help=".tsv or .csv of sentences and labels, as GLUE: accuracy, F1, Matthews, Spearman.",
+        ),
+    ] = None,
+    audio: Annotated[
+        str | None,
+        typer.Option("--audio", metavar="FOLDER", show_default=False, help="Speech for the word error rate; needs --transcripts."),
+    ] = None,
+    transcripts: Annotated[
+        str | None, typer.Option("--transcripts", metavar="FILE", show_default=False, help="Lines of file name, tab, text.")
+    ] = None,
     device: options.Device = "cpu",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure the model DIR on a text, on questions, or both; all in float32.
+    """Measure the model DIR on text, questions, images, labelled sentences or speech; all in float32.
 
     \b
     Examples:
       llm-fp4 eval smollm-fp4 --text wiki.txt --reference HuggingFaceTB/SmolLM2-135M-Instruct
       llm-fp4 eval smollm-fp4 --text wiki.txt --windows 16 --json
       llm-fp4 eval smollm-fp4 --zeroshot arc_easy.jsonl --zeroshot piqa.jsonl
+      llm-fp4 eval vit-fp4 --images val --labels labels.tsv --reference ./vit
+      llm-fp4 eval minilm-fp4 --table stsb/dev.csv
     """
-    if text is None and not zeroshot and not tasks:
-        raise typer.BadParameter("name something to measure on: --text, --zeroshot or --tasks")
-    if text is None and reference is not None:
+    if not any((text, zeroshot, tasks, images, table, audio)):
+        raise typer.BadParameter("name something to measure on: --text, --zeroshot, --tasks, --images, --table or --audio")
+    if (images is None) != (labels is None) or (audio is None) != (transcripts is None):
+        raise typer.BadParameter("--images needs --labels, and --audio needs --transcripts")
+    if text is None and images is None and reference is not None:
         raise typer.BadParameter("--reference compares predictions on a text; add --text")
     from llm_fp4 import api
     from llm_fp4.evaluation import evaluate_tasks
@@ -88,6 +116,14 @@ def evaluate(
                 raise CalibrationError(f"{path} has no tokenizer, which tasks need; save one beside the model")
             names = [t.strip() for t in tasks.split(",") if t.strip()]
             result["tasks"] = evaluate_tasks(loaded.model, loaded.tokenizer, names, limit)
+        if images is not None and labels is not None:
+            flat = None if reference is None else api.load_any(reference, device=device, progress=progress)
+            judged = api.judge_images(loaded, images, labels, flat, limit)
+            result["images"] = {name: asdict(each) for name, each in judged.items()}
+        if table is not None:
+            result["table"] = api.judge_table(loaded, table, limit)
+        if audio is not None and transcripts is not None:
+            result["audio"] = api.judge_speech(loaded, audio, transcripts, limit)
     if "float" in result.get("text", {}):
         measured = result["text"]
         measured["gap"] = math.log(measured["model"]["perplexity"] / measured["float"]["perplexity"])
@@ -108,6 +144,15 @@ def _show(result: dict[str, Any], path: str) -> None:
         print_table(("model", "perplexity", "KL (nats)", "top-1 agreement", "tokens"), rows)
         if "gap" in text:
             print(f"ln(perplexity / float perplexity) = {text['gap']:.4f}")
+    if "images" in result:
+        rows = [
+            (path if n == "model" else "float reference", m["top1"], m["top5"], m["agreement"], m["n"])
+            for n, m in result["images"].items()
+        ]
+        print_table(("model", "top-1", "top-5", "agreement", "images"), rows)
+    for what in ("table", "audio"):
+        if what in result:
+            print_table(("metric", "value"), [(n, v) for n, v in result[what].items() if n != "texts"])
     if "zeroshot" in result:
         rows = [(name, z["acc"], z["acc_norm"], z["n"]) for name, z in result["zeroshot"].items()]
         print_table(("questions", "acc", "acc_norm", "n"), rows)

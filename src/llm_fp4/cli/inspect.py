@@ -12,7 +12,7 @@ from llm_fp4.cli.render import print_facts, print_json, print_table, size
 from llm_fp4.cli.working import working
 
 if TYPE_CHECKING:
-    from llm_fp4.api import Inspection, LayerReport, SiteActivations
+    from llm_fp4.api import AttentionReport, Inspection, LayerReport, SiteActivations
 
 FEW = 8  # calibration sequences, where only statistics are wanted
 
@@ -31,6 +31,7 @@ def inspect(
     recipe: options.RecipeName = "fpq",
     bits: options.BitsOption = None,
     lm_head_bits: options.LmHeadBits = None,
+    attention: options.Attention = None,
     calibration: options.CalibrationSource = None,
     sequences: Annotated[
         int | None,
@@ -54,7 +55,7 @@ def inspect(
     """
     wish = options.recipe_of(
         recipe, bits=bits, lm_head_bits=lm_head_bits, calibration=calibration, sequences=sequences or FEW, length=length, ignore=ignore,
-        targets=targets, seed=seed,
+        targets=targets, attention=attention, seed=seed,
     )  # fmt: skip
     from llm_fp4 import api
     from llm_fp4.models import open_model
@@ -82,6 +83,8 @@ def inspect(
         _quantized(found.layers)
     else:
         _wish(found.layers)
+    if found.attention and not sites:
+        _attention(found.attention)
     if written:
         print(f"{len(written)} figures in {figures}")
 
@@ -119,6 +122,11 @@ def _wish(layers: list[LayerReport]) -> None:
     print_table(("layer", "kind", "shape", "weight", "input", "why"), rows)
     kept = sum(not layer.weight for layer in layers)
     print(f"{len(layers) - kept} layers to quantize, {kept} stay float; norms, biases and all other parameters stay float.")
+
+
+def _attention(modules: list[AttentionReport]) -> None:
+    rows = [(a.name, *(_formats(f) for f in a.formats), *a.errors, a.reason) for a in modules]
+    print_table(("attention", "query", "key", "probability", "value", "error of Q·K'", "error of P·V", "why"), rows)
 
 
 def _activations(sites: list[SiteActivations]) -> None:

@@ -29,7 +29,14 @@ CalibrationSource = Annotated[
     str | None,
     typer.Option(
         "--calibration", "-c", metavar="SOURCE", show_default=False,
-        help="'self' (the model writes its own text), a .txt, .jsonl, .json.gz or .parquet file, or a hub data set.  [default: self]",
+        help="'self' (the model's own text), a .txt, .jsonl, .parquet, .tsv or .csv file, a hub data set, a folder of images or sound.  [default: self]",
+    ),
+]  # fmt: skip
+Attention = Annotated[
+    int | None,
+    typer.Option(
+        "--attention", metavar="BITS", show_default=False,
+        help="Bits of the inputs of both attention products: 3 to 8, or 16 for float.  [default: 16]",
     ),
 ]  # fmt: skip
 Sequences = Annotated[
@@ -65,7 +72,7 @@ Seed = Annotated[
 def recipe_of(
     name: str, *, bits: str | None = None, lm_head_bits: int | None = None, calibration: str | None = None, sequences: int | None = None,
     length: int | None = None, ignore: list[str] | None = None, targets: list[str] | None = None, rounds: int | None = None,
-    propagation: str | None = None, seed: int | None = None,
+    propagation: str | None = None, attention: int | None = None, seed: int | None = None,
 ) -> Recipe:  # fmt: skip
     """Return the recipe called ``name`` with every option that was given in the place of its field.
 
@@ -78,6 +85,7 @@ def recipe_of(
     given: list[tuple[str, str, Any]] = [
         ("bits", "lm_head", lm_head_bits), ("calibration", "source", calibration), ("calibration", "sequences", sequences),
         ("calibration", "length", length), ("search", "rounds", rounds), ("search", "propagation", propagation),
+        ("attention", "bits", attention),
     ]  # fmt: skip
     for section, key, value in given:
         if value is not None:

@@ -30,6 +30,7 @@ def quantize(
     recipe: options.RecipeName = "fpq",
     bits: options.BitsOption = None,
     lm_head_bits: options.LmHeadBits = None,
+    attention: options.Attention = None,
     calibration: options.CalibrationSource = None,
     sequences: options.Sequences = None,
     length: options.Length = None,
@@ -64,7 +65,7 @@ def quantize(
     """
     wish = options.recipe_of(
         recipe, bits=bits, lm_head_bits=lm_head_bits, calibration=calibration, sequences=sequences, length=length, ignore=ignore,
-        targets=targets, rounds=rounds, propagation=propagation.value if propagation else None, seed=seed,
+        targets=targets, attention=attention, rounds=rounds, propagation=propagation.value if propagation else None, seed=seed,
     )  # fmt: skip
     import llm_fp4
 

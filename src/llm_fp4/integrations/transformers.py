@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -9,8 +10,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llm_fp4.checkpoint import METHOD, Manifest, read_manifest
-from llm_fp4.nn import PackedModule, borrow_weight, replace_module, share_inputs, share_weight
+from llm_fp4.checkpoint import METHOD, Manifest, read_attention, read_manifest
+from llm_fp4.errors import CheckpointError
+from llm_fp4.nn import CHILD, AttentionProducts, PackedModule, borrow_weight, replace_module, share_inputs, share_weight
+from llm_fp4.plan import AttentionSpec
 
 
 @register_quantization_config(METHOD)
@@ -41,6 +44,7 @@ class LlmFp4Quantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         manifest = self._manifest()
         install(model, manifest)
+        install_attention(model, read_attention(self.quantization_config.to_dict(), "config.json"))
         # transformers ties parameters by name; these names are gone, and packed weights are shared after loading
         for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
             keys = getattr(model, attribute, None)
@@ -67,6 +71,32 @@ def install(model: nn.Module, manifest: Manifest) -> None:
             head = model.get_submodule(name)
             assert isinstance(head, PackedModule)
             borrow_weight(head)
+
+
+def install_attention(model: nn.Module, attention: dict[str, AttentionSpec]) -> None:
+    """Give every attention module that is listed the place for its scales, and route attention through them.
+
+    Raises:
+        CheckpointError: the model has no such module, or its attention cannot be routed.
+    """
+    if not attention:
+        return
+    # only now: this file is read while transformers itself is being imported
+    from llm_fp4.integrations.attention import use_quantized_attention
+
+    for name, spec in attention.items():
+        try:
+            owner = model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(
+                f"the checkpoint quantizes the attention {name}, which {type(model).__name__} does not have; they do not belong together"
+            ) from None
+        device = next(chain(owner.parameters(), owner.buffers(), model.parameters())).device
+        owner.add_module(CHILD, AttentionProducts(spec, device))
+    if not use_quantized_attention(model):
+        raise CheckpointError(
+            f"{type(model).__name__} does not run attention through transformers' interface here; use the version that quantized it"
+        )
 
 
 def share(model: nn.Module, manifest: Manifest) -> None:

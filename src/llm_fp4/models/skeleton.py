@@ -150,6 +150,16 @@ def open_tokenizer(path: Path, **kwargs: Any) -> Any:
         return None  # a vision or audio model, or one saved without its tokenizer
 
 
+def open_processor(path: Path, kind: str) -> Any:
+    """Return the "image" processor or "audio" feature extractor saved in ``path``, or None where there is none."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    try:
+        return (AutoImageProcessor if kind == "image" else AutoFeatureExtractor).from_pretrained(path)
+    except (OSError, ValueError, ImportError, KeyError):
+        return None
+
+
 def _open_gguf(path: Path) -> FloatModel:
     """Return a GGUF file dequantized to float32 through transformers, all in memory."""
     from transformers import AutoModelForCausalLM

@@ -29,6 +29,10 @@ class WeightSource(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
+    def table(self, name: str) -> Tensor | None:
+        """Return the stored tensor over its mapped file, or None where it is in memory anyway."""
+        ...
+
 
 class InMemory:
     """A model that is all there: nothing is loaded or released."""
@@ -45,6 +49,9 @@ class InMemory:
     def dtype(self, name: str) -> torch.dtype:
         found: torch.dtype = self._dtypes.get(name, torch.float32)
         return found
+
+    def table(self, name: str) -> Tensor | None:
+        return None
 
 
 class LazyFiles:
@@ -108,6 +115,9 @@ class LazyFiles:
 
     def dtype(self, name: str) -> torch.dtype:
         return self.files.dtype(self._renames.get(name, name))
+
+    def table(self, name: str) -> Tensor | None:
+        return self.files.get(self._renames.get(name, name))
 
 
 def _tensors(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module, str, Tensor]]:

@@ -48,6 +48,11 @@ class PackedModule(nn.Module):
         return self
 
     @property
+    def weight(self) -> Tensor:
+        """(rows, columns) float values, decoded at every access, for model code that reads a layer's weight or its dtype."""
+        return self.quantized.dequantize()
+
+    @property
     def quantized(self) -> QuantizedTensor:
         """The weight as a QuantizedTensor over this module's own buffers."""
         return QuantizedTensor(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llm_fp4.errors import CheckpointError
 from llm_fp4.nn.embedding import QuantEmbedding
 from llm_fp4.nn.linear import PackedModule, QuantLinear
+from llm_fp4.nn.linears import is_linear, linear_shape
 from llm_fp4.nn.shared import InputSite
 from llm_fp4.numerics import FloatFormat, PerBlock
 from llm_fp4.plan import InputSpec
@@ -31,17 +34,18 @@ def replace_module(
         raise CheckpointError(
             f"the checkpoint quantizes {name}, which {type(model).__name__} does not have; they do not belong together"
         ) from None
-    if not isinstance(old, nn.Linear | nn.Embedding):
+    if not (is_linear(old) or isinstance(old, nn.Embedding)):
         raise CheckpointError(
             f"the checkpoint quantizes {name}, but that is a {type(old).__name__} here; they do not belong together"
         )
-    if tuple(old.weight.shape) != shape:
+    if linear_shape(old) != shape:
         raise CheckpointError(
-            f"{name} is {tuple(old.weight.shape)} in the model, the manifest makes it {shape}; they do not belong together"
+            f"{name} is {linear_shape(old)} in the model, the manifest makes it {shape}; they do not belong together"
         )
-    device, dtype = old.weight.device, old.weight.dtype
+    weight = cast(Tensor, old.weight)
+    device, dtype = weight.device, weight.dtype
     new: PackedModule
-    if isinstance(old, nn.Linear):
+    if is_linear(old):
         new = QuantLinear(shape[1], shape[0], fmt, spec, old.bias is not None, device, dtype, blocks)
     else:
         new = QuantEmbedding(*shape, fmt, device, dtype, multiplier)

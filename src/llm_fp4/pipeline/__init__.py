@@ -1,6 +1,6 @@
 """The one loop: collect, search, quantize, replace and propagate, block by block."""
 
 from llm_fp4.pipeline.job import Job
-from llm_fp4.pipeline.tied import shared_heads
+from llm_fp4.pipeline.tied import parts, shared_heads
 
-__all__ = ["Job", "shared_heads"]
+__all__ = ["Job", "parts", "shared_heads"]

@@ -1,4 +1,8 @@
-"""A quantization run over a model: its units, from the embeddings to the output head, in order."""
+"""A quantization run over a model: its units, from the embeddings to the output head, in order.
+
+Unit 0 holds the token embeddings, then comes one unit a block in the order the blocks run, stack after stack, then the
+tail. Linears before or between the stacks belong to the unit of the first block after them.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +10,26 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.calibration import shared_inputs
+from llm_fp4.calibration import inputs_of, shared_inputs
 from llm_fp4.checkpoint import STORED, RunStore
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, set_module, weight_shapes
-from llm_fp4.nn import QuantEmbedding
-from llm_fp4.numerics import PerRow, quantize_tensor, require_finite
+from llm_fp4.numerics import QuantizedTensor
+from llm_fp4.pipeline.attention import AttentionSites
+from llm_fp4.pipeline.embeddings import lookups, quantize_embedding, selected_embeddings, stored_table
 from llm_fp4.pipeline.rotating import rotated
-from llm_fp4.pipeline.sites import Decided, Linears, decide_site, replace_site, split_sites
-from llm_fp4.pipeline.tied import Runs, float_head_gram, shared_heads, stored_embedding
-from llm_fp4.plan import FixedWeight
+from llm_fp4.pipeline.sites import Decided, Linears, decide_site, quantized_layers, split_sites, stored_layer
+from llm_fp4.pipeline.tied import Runs, float_head_gram, parts, shared_heads
+from llm_fp4.plan import ATTENTION_INPUTS, FixedWeight, WeightPlan
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe
-from llm_fp4.search import embedding_plan
 
-
-class _ZeroEmbedding(nn.Module):
-    """Stands for an embedding once its rows have been looked up: later units take hidden states from storage."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return torch.zeros(*ids.shape, self.dim, device=ids.device)
+PACKED = (*STORED, *(f"{n}_scale" for n in ATTENTION_INPUTS))  # stored as they are
 
 
 @dataclass
@@ -57,17 +52,19 @@ class Job:
     keep: bool = False
 
     def __post_init__(self) -> None:
-        self.runner = BlockRunner(self.model, self.structure.blocks)
-        self.runner.tuples = self.store.tuples
+        self.runner = BlockRunner(self.model, self.structure.stacks, self.batches, self.store.outputs.load)
         self.shapes = weight_shapes(self.model, self.structure)
         self.sequential = self.recipe.search.propagation == "sequential"
         self.shared_head = shared_heads(self.structure, self.recipe)
+        self.tables: dict[str, QuantizedTensor] = {}  # of an in-memory run
+        self.later: dict[str, nn.Module] = {}  # quantized modules that the float model's own inputs must not see yet
 
     def run(self) -> None:
         """Quantize everything the recipe selects; every finished unit is in the store at once."""
         units = self.store.units
         self._rotate()
         self.progress("quantize", self.store.done, units)
+        self._resume()
         for unit in range(self.store.done, units):
             if unit == 0:
                 self._embeddings()
@@ -77,92 +74,130 @@ class Job:
                 self._tail(unit)
             gc.collect()  # modules and hooks refer to each other: a block's weights would wait for some later collection
             self.progress("quantize", unit + 1, units)
+        for name, module in self.later.items():
+            set_module(self.model, name, module)
 
     # --- the units ----------------------------------------------------------------------------------
 
     def _embeddings(self) -> None:
-        """Unit 0: quantize the embeddings and store the input of the first block."""
-        names = [n for n in self.structure.embeddings if self.recipe.selects(n) and self.recipe.embedding_formats()]
-        self._load_outer(list(self.structure.tied))
-        self._refuse_early_linears()
+        """Unit 0: quantize the token embeddings."""
+        self._load_outer()
+        names = selected_embeddings(self.structure, self.recipe)
         tensors: dict[str, Tensor] = {}
         plans: dict[str, Any] = {}
-        replaced: dict[str, nn.Module] = {}
         for name in self.structure.embeddings:
             table = self.model.get_submodule(name)
             if name not in names:
                 tensors |= self._tensors(table, name)
                 continue
-            weight = cast(Tensor, table.weight).detach().float()
-            require_finite(weight, f"the weight of {name}")
             head = next((h for h, e in self.shared_head.items() if e == name), None)
-            searched = self.recipe.search if self.recipe.method.startswith("fpq") else None
-            gram = self._float_head_gram(head) if head and searched else None
-            plan, rounded = embedding_plan(name, weight, self.recipe.embedding_formats(), searched, gram)
-            quantized = quantize_tensor(rounded, plan.scale, plan.format, PerRow(), name)
-            multiplier = embedding_multiplier(table)
-            replaced[name] = QuantEmbedding.from_quantized(quantized, torch.float32, multiplier)
+            gram = self._float_head_gram(head) if head and self.recipe.method.startswith("fpq") else None
+            quantized, plans[name] = quantize_embedding(name, table, self.recipe, gram)
             tensors |= {f"{name}.weight_packed": quantized.packed, f"{name}.weight_scale": quantized.scale}
-            plans[name] = {"kind": "embedding", "multiplier": multiplier, **plan.to_json()}
-        if self.sequential:
-            for name, module in replaced.items():
-                set_module(self.model, name, module)
-        for i, batch in enumerate(self.batches):
-            self.store.save_input(1, i, self.runner.first_hidden(batch))
-        for name, module in replaced.items():
-            set_module(self.model, name, module)
-        self.store.tuples = self.runner.tuples
+            if self.keep:
+                self.tables[name] = quantized
+        for alias, owner in self.structure.aliases.items():
+            if owner in plans:
+                multiplier = embedding_multiplier(self.model.get_submodule(alias))
+                plans[alias] = {**plans[owner], "tied_to": owner, "multiplier": multiplier}
+            elif parts(self.structure, self.recipe):  # transformers will not tie them any more
+                tensors[f"{alias}.weight"] = tensors[f"{owner}.weight"]
         self.store.finish(0, tensors, {"weights": plans, "inputs": {}})
 
     def _block(self, unit: int) -> None:
         """One block: its sites in the order they run, each collected after those before it were quantized."""
-        self._empty_embeddings()
-        name = self.structure.blocks[unit - 1]
-        block = self.source.load(self.model, name, self.device)
-
-        def run(i: int) -> Tensor:
-            return self.runner.run(unit - 1, block, self.batches[i], self.store.input(unit, i).to(self.device))
-
-        selected = {n: self.model.get_submodule(n) for n in self.structure.linears[name] if self.recipe.selects(n)}
-        selected = {n: m for n, m in selected.items() if self.recipe.rule(n).weight_formats or self.recipe.rule(n).input_formats}
+        self._place_embeddings()
         plans: dict[str, Any] = {"weights": {}, "inputs": {}}
-        if not self.sequential:
-            for i in range(len(self.batches)):
-                self.store.save_input(unit + 1, i, run(i))
-        decided = []
-        for group in split_sites(shared_inputs(selected, lambda: run(0)), selected, self.recipe):
-            decided.append(self._decide(group, selected, run, plans))
-            if self.sequential:  # otherwise every site of the block reads what it reads in the float model
-                replace_site(self.model, decided.pop())
-        for site in decided:
-            replace_site(self.model, site)
-        if self.sequential:
-            for i in range(len(self.batches)):
-                self.store.save_input(unit + 1, i, run(i))
+        name = self.runner.next_block()
+        if name is None:
+            name = self._idle_block()
+            block = self.source.load(self.model, name, self.device)
+        else:
+            bridge = self._bridge(name, plans)
+            self.runner.check(name)
+            block = self.source.load(self.model, name, self.device)
+            self._quantize_block(name, plans)
         tensors = self._tensors(block, name)
-        self.store.tuples = self.runner.tuples
-        self.store.finish(unit, tensors, plans)
+        for layer in plans.pop("outer", []):
+            tensors |= self._tensors(bridge[layer], layer)
+        self.runner.finish(name)
+        self.store.finish(unit, tensors, {**plans, "block": name}, self.runner.last_blocks())
         if not self.keep:
             self.source.release(self.model, name)
 
+    def _quantize_block(self, name: str, plans: dict[str, Any]) -> None:
+        selected = self._selected(self.structure.linears[name])
+        run = partial(self.runner.run, name)
+        if not self.sequential:
+            self._save_outputs(name)
+        attention = AttentionSites(self.model.get_submodule(name), name, self.recipe, selected, run, len(self.batches))
+        decided = []
+        for group in split_sites(shared_inputs(selected, lambda: run(0)), selected, self.recipe):
+            attention.decide(group[0], plans, self.sequential)
+            decided.append(self._decide(group, selected, run, plans))
+            if self.sequential:  # otherwise every site of the block reads what it reads in the float model
+                self._replace(decided.pop())
+        attention.decide(None, plans, self.sequential)
+        for site in decided:
+            self._replace(site)
+        attention.place()
+        if self.sequential:
+            self._save_outputs(name)
+
+    def _save_outputs(self, name: str) -> None:
+        for i in range(len(self.batches)):
+            self.store.outputs.save(name, i, self.runner.run(name, i))
+
+    def _bridge(self, name: str, plans: dict[str, Any]) -> Linears:
+        """Quantize the linears outside the blocks that run before the block ``name``; return the quantized ones."""
+        if not name.endswith(".0"):
+            return {}
+        selected = self._selected(self.structure.outer_linears, head=True)
+        groups = shared_inputs(selected, lambda: self.runner.tail(0))  # it stops at ``name``
+        ran = {n: selected[n] for group in groups for n in group}
+        found: Linears = {}
+        for group in split_sites(groups, ran, self.recipe, head=True):
+            layers = quantized_layers(self._decide(group, ran, self.runner.tail, plans, head=True))
+            found |= layers
+            for layer, module in layers.items() if self.sequential else ():
+                set_module(self.model, layer, module)
+        self.later |= {} if self.sequential else found
+        plans["outer"] = list(found)
+        return found
+
+    def _idle_block(self) -> str:
+        """Return the next block that the calibration data does not reach; its tensors are copied.
+
+        Raises:
+            UnsupportedError: the recipe wants it quantized.
+        """
+        name = self.runner.idle()[0]
+        if wanted := self._selected(self.structure.linears[name]):
+            stack = name.rpartition(".")[0]
+            raise UnsupportedError(
+                f"{next(iter(wanted))} did not run on the calibration data, so it cannot be quantized; "
+                f"calibrate on inputs that reach {stack}, or add --ignore '{stack}.*'"
+            )
+        return name
+
     def _tail(self, unit: int) -> None:
-        """The last unit: linears outside the blocks, the output head among them."""
-        self._empty_embeddings()
-        self._load_outer([])
-        selected = {n: self.model.get_submodule(n) for n in self.structure.outer_linears if self.recipe.selects(n)}
-        selected = {n: m for n, m in selected.items() if self.recipe.rule(n, head=True).weight_formats}
+        """The last unit: linears after the blocks, the output head among them."""
+        self._place_embeddings()
+        selected = self._selected(self.structure.outer_linears, head=True)
+        early = {n for plan in self.store.plans() for n in plan["weights"] if n in self.structure.outer_linears}
+        selected = {n: m for n, m in selected.items() if n not in early}
+        self._load_outer(everything=True)
         plans: dict[str, Any] = {"weights": {}, "inputs": {}}
-
-        def run(i: int) -> object:
-            return self.runner.tail(self.batches[i], self.store.input(unit, i).to(self.device))
-
-        for group in split_sites(shared_inputs(selected, lambda: run(0)), selected, self.recipe, head=True):
-            replace_site(self.model, self._decide(group, selected, run, plans, head=True))
+        if selected:
+            self.runner.check(None, lambda run: inputs_of(selected, run))
+        for group in split_sites(shared_inputs(selected, lambda: self.runner.tail(0)), selected, self.recipe, head=True):
+            self._replace(self._decide(group, selected, self.runner.tail, plans, head=True))
         tensors = self._tensors(self.model, "")
-        apart = (*self.structure.blocks, *self.structure.embeddings)
+        apart = (*self.structure.blocks, *self.structure.embeddings, *self.structure.aliases, *early)
         shared = {f"{h}.{t}" for h in self.shared_head for t in ("weight_packed", "weight_scale")}
-        # a float head tied to a float embedding is that embedding's tensor
-        shared |= {f"{h}.weight" for h, e in self.structure.tied.items() if e not in self._quantized_embeddings()}
+        packed = selected_embeddings(self.structure, self.recipe)
+        # a float head or table tied to a float embedding is that embedding's tensor
+        shared |= {f"{h}.weight" for h, e in self.structure.tied.items() if e not in packed}
         tensors = {n: t for n, t in tensors.items() if n not in shared and not n.startswith(tuple(f"{m}." for m in apart))}
         self.store.finish(unit, tensors, plans)
 
@@ -171,12 +206,22 @@ class Job:
         rules = self.recipe.transforms
         if rules.rotation == "none" or self.store.done == self.store.units:
             return
-        source = rotated(self.model, self.structure, self.source, self.runner, self.batches[0], self.device, self.recipe.seed)
+        source = rotated(self.model, self.structure, self.source, self.batches[0], self.device, self.recipe.seed)
         self.source = source
         if rules.online:
             self.recipe = self.recipe.with_transformed(source.hidden)
 
     # --- helpers ------------------------------------------------------------------------------------
+
+    def _selected(self, names: list[str], head: bool = False) -> Linears:
+        """Return those of the linears ``names`` that the recipe quantizes and that still are float."""
+        found = {}
+        for n in names:
+            if self.recipe.selects(n) and n not in self.later:
+                rule, module = self.recipe.rule(n, head=head), self.model.get_submodule(n)
+                if not hasattr(module, "weight_packed") and (rule.weight_formats or (rule.input_formats and not head)):
+                    found[n] = module
+        return found
 
     def _decide(
         self, group: list[str], selected: Linears, run: Callable[[int], object], plans: dict[str, Any], head: bool = False
@@ -188,68 +233,77 @@ class Job:
             plans["weights"][n]["tied_to"] = embedding
         return decided
 
+    def _replace(self, site: Decided) -> None:
+        for name, layer in quantized_layers(site).items():
+            set_module(self.model, name, layer)
+
     def _stored_embedding(self, head: str, embedding: str) -> FixedWeight:
         """Return the weight of a head that shares its embedding's codes, read back from the first unit."""
-        stored = self.store.saved(0)
-        packed, scale = (stored[f"{embedding}.{t}"].to(self.device) for t in ("weight_packed", "weight_scale"))
-        return stored_embedding(head, self.store.plans()[0]["weights"][embedding], packed, scale, self.shapes[embedding])
+        rows = stored_table(self.store.plans()[0]["weights"][embedding], self.store.saved(0), embedding, self.shapes[embedding])
+        scale = rows.scale.to(self.device)
+        return FixedWeight(WeightPlan(head, rows.format, scale), rows.dequantize().to(self.device))
 
     def _runs(self, run: Callable[[int], object]) -> Runs:
         """Return ``run`` of every batch, with the batch's mask."""
         return [(partial(run, i), self._mask(i)) for i in range(len(self.batches))]
 
     def _mask(self, i: int) -> Tensor | None:
-        mask: Tensor | None = self.batches[i].get("attention_mask")
+        batch = self.batches[i]
+        decoding = any(n == len(self.structure.stacks[s]) for s, n in self.runner.done.items()) and "decoder_input_ids" in batch
+        mask: Tensor | None = batch.get("decoder_attention_mask" if decoding else "attention_mask")
         return mask if mask is not None and mask.dim() == 2 else None
-
-    def _quantized_embeddings(self) -> set[str]:
-        return {n for n in self.structure.embeddings if self.recipe.selects(n) and self.recipe.embedding_formats()}
-
-    def _load_outer(self, skip: list[str]) -> None:
-        """Make every parameter outside the blocks real, except those of the modules ``skip``."""
-        without = (*self.structure.blocks, *skip)
-        self.source.load(self.model, "", self.device, lambda n: not n.startswith(tuple(f"{b}." for b in without)))
-
-    def _empty_embeddings(self) -> None:
-        """Free the embeddings: from the second unit on, hidden states come from the store."""
-        for name in self.structure.embeddings:
-            table = self.model.get_submodule(name)
-            if not self.keep and not isinstance(table, _ZeroEmbedding):
-                set_module(self.model, name, _ZeroEmbedding(cast(int, table.embedding_dim)))
-        self._load_outer(list(self.structure.tied))
-
-    def _refuse_early_linears(self) -> None:
-        """Raise UnsupportedError for a selected linear that runs before the blocks, or a model that works between them.
-
-        Inputs of linears outside the blocks are gathered after the last block, from its output; and hidden states are
-        carried from block to block as they are.
-        """
-        outer = {n: self.model.get_submodule(n) for n in self.structure.outer_linears if self.recipe.selects(n)}
-        early = shared_inputs(outer, lambda: self.runner.first_hidden(self.batches[0]))
-        if early:
-            raise UnsupportedError(
-                f"{early[0][0]} runs before the blocks, where linears are not quantized yet; add --ignore {early[0][0]}"
-            )
-        last = len(self.structure.blocks) - 1
-        try:
-            self.runner.arguments(last, self.batches[0])
-        except Exception as first:  # perhaps because these blocks return tuples, which the stubs cannot know yet
-            self.runner.tuples = True
-            try:
-                self.runner.arguments(last, self.batches[0])
-            except Exception:
-                raise first from None
 
     def _float_head_gram(self, head: str) -> Tensor:
         return float_head_gram(
-            head, self.runner, self.structure, self.source, self.batches, self.store.scratch, self._runs, self.device,
+            head, self.model, self.structure, self.source, self.batches, self.store.scratch, self._runs, self.device,
             self.recipe.seed, self.progress,
         )  # fmt: skip
+
+    def _load_outer(self, everything: bool = False) -> None:
+        """Make every parameter outside the blocks real; tied heads and tables only where ``everything`` is wanted."""
+        without = (*self.structure.blocks, *(() if everything else (*self.structure.tied, *self.structure.aliases)))
+        self.source.load(self.model, "", self.device, lambda n: not n.startswith(tuple(f"{b}." for b in without)))
+        for alias, owner in self.structure.aliases.items():
+            table = self.model.get_submodule(alias)
+            if isinstance(table, nn.Embedding):  # until it is exchanged, too
+                table.weight = self.model.get_submodule(owner).weight  # type: ignore[assignment]
+
+    def _place_embeddings(self) -> None:
+        """Let embeddings be read from the disk where they lie there: quantized ones, unless inputs are the float model's."""
+        if not self.keep or (self.sequential and self.tables):
+            saved = self.store.saved(0) if not self.keep else {}
+            plans = self.store.plans()[0]["weights"]
+
+            def packed(name: str) -> QuantizedTensor | None:
+                if name not in plans or not self.sequential:
+                    return None
+                return self.tables[name] if self.keep else stored_table(plans[name], saved, name, self.shapes[name])
+
+            for name, module in lookups(self.model, self.structure, self.source, packed, self.device).items():
+                set_module(self.model, name, module)
+        elif self.tables:
+            found = lookups(self.model, self.structure, self.source, lambda n: self.tables.get(n), self.device)
+            self.later |= found
+        self.tables = {}
+        self._load_outer()
+
+    def _resume(self) -> None:
+        """Bring the model to where the finished units left it."""
+        for unit, plan in enumerate(self.store.plans()[1:], 1):
+            if "block" not in plan:
+                continue
+            self.runner.finish(plan["block"])
+            outer = [n for n in plan["weights"] if n in self.structure.outer_linears]
+            saved = self.store.saved(unit) if outer else {}
+            for name in outer:
+                layer = stored_layer(name, plan, saved, self.shapes[name], self.device)
+                if self.sequential:
+                    set_module(self.model, name, layer)
+                else:
+                    self.later[name] = layer
 
     def _tensors(self, module: nn.Module, name: str) -> dict[str, Tensor]:
         """Return what the checkpoint holds of ``module``: packed tensors as they are, the rest in the source's dtype."""
         prefix = f"{name}." if name else ""
-        out = {}
-        for key, tensor in module.state_dict(prefix=prefix).items():
-            out[key] = tensor if key.rpartition(".")[2] in STORED else tensor.to(self.source.dtype(key))
-        return out
+        state = module.state_dict(prefix=prefix)
+        return {k: t if k.rpartition(".")[2] in PACKED else t.to(self.source.dtype(k)) for k, t in state.items()}

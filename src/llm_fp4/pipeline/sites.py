@@ -5,17 +5,17 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm_fp4.calibration import collect
+from llm_fp4.checkpoint import site_spec
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.kernels import hadamard
-from llm_fp4.models import set_module
-from llm_fp4.nn import QuantLinear
-from llm_fp4.numerics import quantize_tensor, require_finite
+from llm_fp4.nn import QuantLinear, linear_weight
+from llm_fp4.numerics import PerBlock, parse, parse_granularity, quantize_tensor, require_finite
 from llm_fp4.pipeline.tied import Runs
 from llm_fp4.plan import FixedWeight, SiteResult
 from llm_fp4.recipe import Recipe
@@ -67,7 +67,7 @@ def decide_site(
         fixed: operands whose weight is decided already. folder: for the rows.
     """
     name = group[0]
-    weights = {n: cast(Tensor, selected[n].weight).detach().float() for n in group}
+    weights = {n: linear_weight(selected[n]).float() for n in group}
     for n, w in weights.items():
         require_finite(w, f"the weight of {n}")
     rules = {n: recipe.rule(n, head=head) for n in group}
@@ -86,12 +86,32 @@ def decide_site(
     return Decided(weights, selected, result)
 
 
-def replace_site(model: nn.Module, site: Decided) -> None:
-    """Put the quantized layers of a decided site into ``model``."""
-    plan = site.result.input
+def quantized_layers(site: Decided) -> dict[str, QuantLinear]:
+    """Return the quantized layers of a decided site, by name."""
+    plan, layers = site.result.input, {}
     for n, w in site.weights.items():
         source = site.result.rounded.get(n, w if plan is None or plan.smooth is None else w * plan.smooth)
         chosen = site.result.weights[n]
         quantized = quantize_tensor(source, chosen.scale.to(w.device), chosen.format, chosen.granularity, n, chosen.second_scale)
-        bias = getattr(site.modules[n], "bias", None)
-        set_module(model, n, QuantLinear.from_plan(quantized, plan, bias))
+        layers[n] = QuantLinear.from_plan(quantized, plan, getattr(site.modules[n], "bias", None))
+    return layers
+
+
+def stored_layer(
+    name: str, plans: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, int], device: torch.device
+) -> QuantLinear:
+    """Return the layer ``name`` as a finished unit stored it.
+
+    Args:
+        plans: of the unit. tensors: of its shard. shape: (out, in).
+    """
+    site = next((s for s in plans["inputs"].values() if name in s["operands"]), None)
+    spec = site_spec(site) if site is not None else None
+    weight = plans["weights"][name]
+    blocks = parse_granularity(weight["granularity"]) if "granularity" in weight else None
+    assert blocks is None or isinstance(blocks, PerBlock)
+    own = {t.removeprefix(f"{name}."): v.to(device) for t, v in tensors.items() if t.startswith(f"{name}.")}
+    layer = QuantLinear(shape[1], shape[0], parse(weight["format"]), spec, "bias" in own, "meta", blocks=blocks)
+    for key, value in own.items():
+        setattr(layer, key, value.float() if key == "bias" else value)
+    return layer

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm_fp4.calibration import collect
+from llm_fp4.checkpoint import BlockOutputs
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, set_module
-from llm_fp4.numerics import PerRow, QuantizedTensor, parse
-from llm_fp4.plan import FixedWeight, WeightPlan
+from llm_fp4.nn import linear_shape
 from llm_fp4.progress import Progress
 from llm_fp4.recipe import Recipe
 from llm_fp4.statistics import SiteStatistics
-from llm_fp4.storage import write_tensors
 
 STAGE = "float statistics of the output head"
 Runs = list[tuple[Callable[[], object], Tensor | None]]
@@ -34,47 +31,55 @@ def shared_heads(structure: Structure, recipe: Recipe) -> dict[str, str]:
     return shared
 
 
-def stored_embedding(head: str, plan: dict[str, Any], packed: Tensor, scale: Tensor, shape: tuple[int, int]) -> FixedWeight:
-    """Return the weight of a head that shares its embedding's codes.
+def parts(structure: Structure, recipe: Recipe) -> bool:
+    """Return whether a head and its tied embedding are stored apart from now on."""
+    shared = shared_heads(structure, recipe)
+    for head, embedding in structure.tied.items():
+        packed_head = recipe.selects(head) and recipe.rule(head, head=True).weight_formats
+        packed_embedding = recipe.selects(embedding) and recipe.embedding_formats()
+        if head not in shared and (packed_head or packed_embedding):
+            return True
+    return False
 
-    Args:
-        plan: of the embedding, as JSON. packed, scale: as stored. shape: (rows, columns).
-    """
-    fmt = parse(plan["format"])
-    return FixedWeight(WeightPlan(head, fmt, scale), QuantizedTensor(packed, scale, fmt, PerRow(), shape).dequantize())
+
+class _Nothing(nn.Module):
+    """Stands for a head: zeros of the right shape, in no memory."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(*x.shape[:-1], self.outputs)
 
 
 def float_head_gram(
-    head: str, runner: BlockRunner, structure: Structure, source: WeightSource, batches: list[Batch], folder: Path,
+    head: str, model: nn.Module, structure: Structure, source: WeightSource, batches: list[Batch], folder: Path,
     runs: Callable[[Callable[[int], object]], Runs], device: torch.device, seed: int, progress: Progress,
 ) -> Tensor:  # fmt: skip
     """Return X'X of the head's input in the float model, streamed block by block.
 
     Args:
-        folder: for hidden states and rows. runs: pairs a run of every batch with the batch's mask.
+        folder: for outputs and rows. runs: pairs a run of every batch with the batch's mask.
     """
-    model = runner.model
-    hidden = {i: folder / f"float-{i}.safetensors" for i in range(len(batches))}
-    for i, batch in enumerate(batches):
-        write_tensors(hidden[i], {"hidden": runner.first_hidden(batch)})
-    for index, name in enumerate(structure.blocks):
-        block = source.load(model, name, device)
-        for i, batch in enumerate(batches):
-            x = load_file(hidden[i])["hidden"].to(device)
-            write_tensors(hidden[i], {"hidden": runner.run(index, block, batch, x)})
-        source.release(model, name)
-        progress(STAGE, index + 1, len(structure.blocks))
-
-    def run(i: int) -> object:
-        return runner.tail(batches[i], load_file(hidden[i])["hidden"].to(device))
-
-    stub = nn.Identity()
+    outputs = BlockOutputs(folder / "float")
+    runner = BlockRunner(model, structure.stacks, batches, outputs.load)
     module = model.get_submodule(head)
+    stub = _Nothing(linear_shape(module)[0])
     set_module(model, head, stub)  # only its input is wanted
     try:
-        store = collect({head: stub}, runs(run), folder)[head]
+        while (name := runner.next_block()) is not None:
+            source.load(model, name, device)
+            for i in range(len(batches)):
+                outputs.save(name, i, runner.run(name, i))
+            source.release(model, name)
+            runner.finish(name)
+            outputs.keep(runner.last_blocks())
+            progress(STAGE, sum(runner.done.values()), len(structure.blocks))
+        store = collect({head: stub}, runs(runner.tail), folder)[head]
     finally:
         set_module(model, head, module)
+    outputs.keep(())
     gram = SiteStatistics(head, store, device, seed).gram
     store.delete()
     return gram

@@ -13,6 +13,7 @@ from llm_fp4.errors import RecipeError
 from llm_fp4.numerics import FloatFormat, PerBlock, formats_of_width, parse
 from llm_fp4.recipe.sections import (
     FLOAT_BITS,
+    AttentionRules,
     Bits,
     Calibration,
     InputRules,
@@ -66,6 +67,7 @@ class Recipe(Strict):
     weights: WeightRules = WeightRules()
     inputs: InputRules = InputRules()
     transforms: TransformRules = TransformRules()
+    attention: AttentionRules = AttentionRules()
     search: SearchRules = SearchRules()
     calibration: Calibration = Calibration()
     targets: list[str] = Field(default=["*"])
@@ -144,6 +146,27 @@ class Recipe(Strict):
     def embedding_formats(self) -> tuple[FloatFormat, ...]:
         """Return the candidate formats of embeddings; empty where they stay float."""
         return self._candidates(self.bits.embedding, self.weights.formats, "the embedding")
+
+    def attention_formats(self) -> tuple[tuple[FloatFormat, ...], tuple[FloatFormat, ...]]:
+        """Return the candidate formats of query, key and value, and those of probabilities; empty where they stay float."""
+        bits, rules = self.attention.bits, self.attention
+        if bits == FLOAT_BITS:
+            return (), ()
+        names = rules.formats if rules.formats is not None else self.inputs.formats
+        if names is None:
+            if self.method in ("minmax", "smoothquant"):
+                standard = self._candidates(bits, None, "attention")
+                first = standard[0]
+                return standard, (
+                    FloatFormat(first.exponent_bits, first.mantissa_bits + 1, signed=False),
+                ) if rules.unsigned else standard
+            return formats_of_width(bits), formats_of_width(bits, signed=not rules.unsigned)
+        signed = self._candidates(bits, [n for n in names if n == "int" or parse(n).signed], "attention")
+        if not rules.unsigned:
+            return signed, signed
+        given = tuple(parse(f"uint{bits}") if n == "int" else parse(n) for n in names)
+        unsigned = tuple(f for f in given if f.bits == bits and not f.signed)
+        return signed, unsigned or signed
 
     def _candidates(self, bits: int, names: list[str] | None, what: str) -> tuple[FloatFormat, ...]:
         if bits == FLOAT_BITS:

@@ -121,6 +121,21 @@ class TransformRules(Strict):
     online: bool = False
 
 
+class AttentionRules(Strict):
+    """How the inputs of attention's two products, query · key' and probability · value, are quantized; 16 bits leave them in float.
+
+    ``formats``: candidates; None: those of the inputs, or all. ``unsigned``: probabilities, never negative, take unsigned formats.
+    """
+
+    bits: int = FLOAT_BITS
+    formats: list[str] | None = None
+    unsigned: bool = True
+    granularity: Literal["per_tensor", "per_head"] = "per_tensor"
+
+    _bits = field_validator("bits")(_check_bits)
+    _formats = field_validator("formats")(_check_formats)
+
+
 class SearchRules(Strict):
     """Effort of the search.
 

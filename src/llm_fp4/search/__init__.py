@@ -11,10 +11,11 @@ from llm_fp4.search.compensation import compensate_site
 from llm_fp4.search.descent import descend
 from llm_fp4.search.embedding import embedding_plan
 from llm_fp4.search.minmax import minmax
+from llm_fp4.search.products import ProductSample, search_product
 from llm_fp4.search.sinks import sink_ratio
 from llm_fp4.statistics import SiteStatistics
 
-__all__ = ["embedding_plan", "search_site"]
+__all__ = ["ProductSample", "embedding_plan", "search_product", "search_site"]
 
 
 def search_site(
