@@ -1,6 +1,7 @@
 // The C interface that Python loads; kernels/cpu.py declares it once more. Arguments are checked there.
 #include <new>
 
+#include "buffer.h"
 #include "decoder.h"
 #include "dispatch.h"
 #include "linear.h"
@@ -39,6 +40,25 @@ EXPORT int llm_fp4_int_linear(const void* levels, int wide, int64_t tokens, int6
                               int mantissa_bits, float* y, int threads) try {
   const Weight w = make_weight(codes, out, in, {exponent_bits, mantissa_bits, true});
   int_linear(kernels(), w, {levels, wide != 0, tokens, step, step_stride, scale, bias, y}, threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// quantize_input and int_linear in one call
+EXPORT int llm_fp4_quantized_linear(const void* x, int bfloat16, int64_t tokens, int64_t in, const float* scale, const uint8_t* shift,
+                                    const float* smooth, int exponent_bits, int mantissa_bits, int is_signed, int max_shift,
+                                    int per_token, const uint8_t* codes, int64_t out, const float* weight_scale, const float* bias,
+                                    int weight_exponent_bits, int weight_mantissa_bits, float* y, int threads) try {
+  thread_local Buffer level_buffer, step_buffer;
+  const Format format{exponent_bits, mantissa_bits, is_signed != 0};
+  const bool wide = format.max_level() << max_shift > 127;
+  void* levels = level_buffer.get<int8_t>(tokens * in * (wide ? 2 : 1));
+  float* step = step_buffer.get<float>(tokens);
+  quantize_input(kernels(), {x, bfloat16 != 0, tokens, in, scale, shift, smooth, format, max_shift, per_token != 0, levels, step},
+                 threads);
+  const Weight w = make_weight(codes, out, in, {weight_exponent_bits, weight_mantissa_bits, true});
+  int_linear(kernels(), w, {levels, wide, tokens, step, 1, weight_scale, bias, y}, threads);
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

@@ -97,5 +97,7 @@ const Kernels& avx2_kernels();
 const Kernels& avx_vnni_kernels();
 const Kernels& avx512_kernels();
 const Kernels& amx_kernels();
+const Kernels& neon_kernels();
+const Kernels& neon_i8mm_kernels();
 
 }  // namespace llm_fp4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ def quantized(tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path_fact
     """Return a function that quantizes a tiny LLaMA: ``quantized("e2m1", "4/4/4", method="minmax", **config)``."""
 
     def make(
-        formats: str | None, bits: str = "4/4/4", method: str = "minmax", rules: dict[str, Any] | None = None, **config: Any
-    ) -> Path:
-        key = f"{formats}-{bits}-{method}-{rules}-{config}".translate(str.maketrans("/{}:' ,", "-------"))
+        formats: str | None, bits: str = "4/4/4", method: str = "minmax", rules: dict[str, Any] | None = None,
+        inputs: dict[str, Any] | None = None, **config: Any,
+    ) -> Path:  # fmt: skip
+        key = re.sub(r"\W+", "-", f"{formats} {bits} {method} {rules} {inputs} {config}")
         kept = tmp_path_factory.getbasetemp() / "exports" / key
         if not kept.exists():
             source = tmp_path_factory.mktemp("float")
@@ -32,6 +34,7 @@ def quantized(tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path_fact
                 "method": method, "search": {"rounds": 1},
                 "bits": {"embedding": embedding, "weight": weight, "activation": activation},
                 "weights": {"formats": None if formats is None else formats.split(), **(rules or {})},
+                "inputs": inputs or {},
             })  # fmt: skip
             tokens = torch.randint(2, 258, (2, 32), generator=torch.Generator().manual_seed(0))
             kept.parent.mkdir(exist_ok=True)

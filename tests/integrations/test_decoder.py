@@ -92,6 +92,24 @@ def test_every_kernel_decodes_alike() -> None:
     assert all(torch.equal(logits[0], other) for other in logits)
 
 
+def test_threads_change_nothing() -> None:
+    """Wide enough and long enough that weights and heads are shared among threads."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        wide = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **sizes})).eval()
+    model = llm_fp4.quantize_module(wide, [ids(96).view(4, 24)], "minmax-fp")
+    before, last = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            decoder = Decoder(model)
+            last.append([decoder.step(int(t)) for t in ids(530)][-1])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*last)
+
+
 def test_generation_is_that_of_transformers(
     tiny_llama: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

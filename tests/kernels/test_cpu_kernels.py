@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.errors import UnsupportedError
-from llm_fp4.kernels import ops
+from llm_fp4.kernels import fused, ops
 from llm_fp4.kernels.library import available, select, selected
 from llm_fp4.numerics import FloatFormat, decode, levels, pack, parse, unpack
 from llm_fp4.plan import TWO_LIMBS
@@ -135,6 +135,23 @@ def test_float_linear_differs_from_float64_no_more_than_float32_sums_do(kernel: 
         largest = float(x.abs().max()) * fmt.max_level if x.numel() else 0.0
         bound = 2e-6 * (width + 1) ** 0.5 * largest * scale + 1e-6 * (1 + bias.abs())
         assert bool(((got - exact).abs() <= bound).all()), (tokens, width, out)
+
+
+@pytest.mark.parametrize("name", [*FOUR_BITS, "e1m6"])
+def test_one_operation_equals_its_two_halves(kernel: str, name: str) -> None:
+    fmt = parse(name)
+    torch.manual_seed(17)
+    for (tokens, width, out), limit, per_token in product(
+        ((1, 130, 70), (9, 33, 5), (0, 4, 3), (70, 257, 9)), (0, 1), (False, True)
+    ):
+        x, shift = torch.randn(tokens, width), torch.randint(0, limit + 1, (width,), dtype=torch.uint8) if limit else None
+        rounding = (torch.tensor(0.4), shift, None, fmt.exponent_bits, fmt.mantissa_bits, True, limit, per_token)
+        bias = torch.randn(out) if limit else None
+        weight = (random_weight(out, width, fmt), torch.rand(out), bias, fmt.exponent_bits, fmt.mantissa_bits)
+        for source in (x, x.bfloat16()):
+            halves = ops.int_linear_reference(*ops.quantize_input_reference(source, *rounding), *weight)
+            assert torch.equal(fused.quantized_linear(source, *rounding, *weight), halves)
+    torch.library.opcheck(fused.quantized_linear, (x, *rounding, *weight))
 
 
 def test_uncovered_formats_run_the_reference(kernel: str) -> None:

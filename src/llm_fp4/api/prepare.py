@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
         UnsupportedError: no blocks, nothing selected, or a layer asked for by name that cannot be quantized. RecipeError: a pattern that matches nothing.
     """
     structure = find_structure(model)
+    if recipe.transforms.rotation != "none":  # the head takes over the last norm's gain, the embedding does not
+        structure = replace(structure, tied={})
     if not structure.blocks:
         raise UnsupportedError(
             f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing can be quantized block by block"

@@ -20,7 +20,7 @@ from llm_fp4.api.calibrate import calibration_tokens, whole_float_model
 from llm_fp4.api.media import source_batches
 from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, route_attention, token_batches
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
-from llm_fp4.errors import CalibrationError, OutputError
+from llm_fp4.errors import CalibrationError, OutputError, UnsupportedError
 from llm_fp4.models import Batch, FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
 from llm_fp4.nn import CHILD, QuantEmbedding, share_inputs
 from llm_fp4.pipeline import Job, parts
@@ -129,6 +129,8 @@ def quantize_module(
         CalibrationError: there is no batch. UnsupportedError: no repeated blocks, or no linear the recipe selects.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if recipe.transforms.rotation != "none":
+        raise UnsupportedError("transforms.rotation is not implemented for a model in memory; quantize it from its directory")
     structure = checked_structure(model, recipe)
     device = next(model.parameters()).device
     prepared = [as_batch(model, b, device) for b in batches]
@@ -206,7 +208,7 @@ def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:
     """Return config.json of the checkpoint, without ``quantization_config``."""
     config: dict[str, Any] = model.config.to_dict()
     config["architectures"] = [type(model).__name__]
-    if parts(structure, recipe):
+    if parts(structure, recipe) or recipe.transforms.rotation != "none":
         config["tie_word_embeddings"] = False
     return config
 

@@ -139,7 +139,7 @@ def read_manifest(config: dict[str, Any], where: str) -> Manifest:
 
 def site_spec(site: dict[str, Any]) -> InputSpec:
     """Return the spec of an input site from its plan as JSON."""
-    known = {"format", "granularity", "max_shift", "smooth"}
+    known = {"format", "granularity", "max_shift", "smooth", "transform"}
     return InputSpec.from_json({k: v for k, v in site.items() if k in known})
 
 

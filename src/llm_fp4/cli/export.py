@@ -18,6 +18,7 @@ class Target(StrEnum):
 
     openvino = "openvino"
     onnx = "onnx"
+    compressed_tensors = "compressed-tensors"
 
 
 def export(

@@ -4,6 +4,9 @@ from llm_fp4.export.holding import Holding
 from llm_fp4.export.weights import PackedWeights
 
 # target → module; each has hold(manifest, weights) and write(model or folder, weights, out), see WHOLE_MODEL
-TARGETS = {"openvino": "llm_fp4.export.openvino", "onnx": "llm_fp4.export.onnx"}
+TARGETS = {
+    "openvino": "llm_fp4.export.openvino", "onnx": "llm_fp4.export.onnx",
+    "compressed-tensors": "llm_fp4.export.compressed_tensors",
+}  # fmt: skip
 
 __all__ = ["TARGETS", "Holding", "PackedWeights"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_fp4.checkpoint import Manifest, ModuleEntry
 from llm_fp4.errors import UnsupportedError
+from llm_fp4.plan import InputSpec
 
 
 @dataclass
@@ -39,28 +40,40 @@ def some(names: Iterable[str]) -> str:
     return f"{first} and {len(rest)} more" if rest else first
 
 
-def hold_weights(manifest: Manifest, target: str, container: Callable[[ModuleEntry], str | None], remedy: str) -> Holding:
-    """Return how ``target`` holds every weight, with the input side left out.
+def weight_kind(entry: ModuleEntry) -> str:
+    """Return the format of a weight and of its blocks, if it has any, for people."""
+    return entry.format.name.upper() + (f" ({entry.blocks.name})" if entry.blocks else "")
+
+
+def hold_weights(
+    manifest: Manifest, target: str, container: Callable[[ModuleEntry], str | None], remedy: str,
+    holds_input: Callable[[ModuleEntry, InputSpec], bool] = lambda entry, spec: False,
+) -> Holding:  # fmt: skip
+    """Return how ``target`` holds every weight, with the input sides that it does not hold left out.
 
     Args:
         container: the target's type that holds an entry's weight without rounding, or None. remedy: what to do where it is None.
+        holds_input: whether the target quantizes that input as we do.
     Raises:
         UnsupportedError: weights that the target cannot hold, or that mean nothing without their input side (SmoothQuant).
     """
     found = {n: container(e) for n, e in manifest.items()}
     if refused := [n for n, held in found.items() if held is None]:
-        kinds = ", ".join(sorted({manifest[n].format.name.upper() for n in refused}))
+        kinds = ", ".join(sorted({weight_kind(manifest[n]) for n in refused}))
         raise UnsupportedError(f"{target} cannot hold the {kinds} weights of {some(refused)} without rounding them again; {remedy}")
     if smooth := [n for n, e in manifest.items() if e.input is not None and e.input.smooth]:
         raise UnsupportedError(
             f"{target} cannot hold the input factors of {some(smooth)}, and without them the weights are wrong; "
             "export a recipe other than smoothquant"
         )
+    if mixed := [n for n, e in manifest.items() if e.input is not None and e.input.transform]:
+        raise UnsupportedError(
+            f"{target} cannot hold the {manifest[mixed[0]].input.transform} transform of the inputs of {some(mixed)}, and without it "  # type: ignore[union-attr]
+            "the weights are wrong; export a recipe without online transforms"
+        )
     holding = Holding(target, {n: held for n, held in found.items() if held is not None})
-    if inputs := [n for n, e in manifest.items() if e.input is not None]:
+    if inputs := [n for n, e in manifest.items() if e.input is not None and not holds_input(e, e.input)]:
         shifts = sum(bool(manifest[n].input.max_shift) for n in inputs)  # type: ignore[union-attr]
         also = f", {shifts} of them with channel shifts" if shifts else ""
-        holding.dropped.append(
-            f"the input side of {len(inputs)} layers{also}: the exported model is weight-only, its inputs stay float"
-        )
+        holding.dropped.append(f"the input side of {len(inputs)} layers{also}: they become weight-only, their inputs stay float")
     return holding

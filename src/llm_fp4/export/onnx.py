@@ -31,6 +31,8 @@ _E2M1, _E1M2 = parse("e2m1"), parse("e1m2")
 
 
 def _container(entry: ModuleEntry) -> str | None:
+    if entry.blocks is not None:
+        return None
     if entry.format == _E2M1 and entry.shape[1] % 2 == 0:
         return "FLOAT4E2M1"
     if entry.format == _E1M2 and entry.kind == "linear":
@@ -46,7 +48,9 @@ def hold(manifest: Manifest, weights: PackedWeights) -> Holding:
     Raises:
         UnsupportedError: formats whose levels exceed 8-bit integers, or smoothed inputs.
     """
-    holding = hold_weights(manifest, "onnx", _container, "quantize them to 4 bits, or leave them in float (--ignore)")
+    holding = hold_weights(
+        manifest, "onnx", _container, "quantize them to 4 bits with a scale a row, or leave them in float (--ignore)"
+    )
     if "FLOAT4E2M1" in holding.containers.values():
         holding.notes.append(
             "ONNX Runtime's CPU has no kernel for FLOAT4E2M1 (1.32); run it with onnx.reference or another runtime, or "

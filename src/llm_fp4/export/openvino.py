@@ -25,6 +25,8 @@ _NIBBLES = {parse("e2m1"): "f4e2m1", parse("e1m2"): "i4"}
 
 
 def _container(entry: ModuleEntry) -> str | None:
+    if entry.blocks is not None:
+        return None
     if entry.format in _NIBBLES and entry.shape[1] % 2 == 0:  # packed rows must end on a byte
         return _NIBBLES[entry.format]
     return "i8" if entry.format.max_level <= 127 else None
@@ -36,7 +38,9 @@ def hold(manifest: Manifest, weights: PackedWeights) -> Holding:
     Raises:
         UnsupportedError: formats whose levels exceed 8-bit integers, or smoothed inputs.
     """
-    holding = hold_weights(manifest, "openvino", _container, "quantize them to 4 bits, or leave them in float (--ignore)")
+    holding = hold_weights(
+        manifest, "openvino", _container, "quantize them to 4 bits with a scale a row, or leave them in float (--ignore)"
+    )
     holding.notes.append(
         "compile it with INFERENCE_PRECISION_HINT=f32 (and DYNAMIC_QUANTIZATION_GROUP_SIZE=0) to compute as exactly as here: "
         "the CPU plugin's defaults round activations to bfloat16 where the machine has it"

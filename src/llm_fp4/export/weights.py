@@ -23,4 +23,5 @@ class PackedWeights:
     def __getitem__(self, name: str) -> QuantizedTensor:
         entry, owner = self.manifest[name], self.owner(name)
         packed, scale = self.files.get(f"{owner}.weight_packed"), self.files.get(f"{owner}.weight_scale")
-        return QuantizedTensor(packed, scale, entry.format, PerRow(), entry.shape)
+        second = self.files.get(f"{owner}.weight_global_scale") if entry.blocks and entry.blocks.two_level else None
+        return QuantizedTensor(packed, scale, entry.format, entry.blocks or PerRow(), entry.shape, second)

@@ -25,9 +25,9 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
-from llm_fp4.checkpoint import METHOD, Manifest, ModuleEntry, read_attention, read_manifest, verify
+from llm_fp4.checkpoint import METHOD, STORED, Manifest, ModuleEntry, read_attention, read_manifest, verify
 from llm_fp4.errors import CheckpointError, UnsupportedError
-from llm_fp4.integrations.vllm_layers import InputParameter, Part, RowParameter, WeightParameter, counted, missing
+from llm_fp4.integrations.vllm_layers import BlockParameter, InputParameter, Part, RowParameter, WeightParameter, counted, missing
 from llm_fp4.numerics import decode, packed_width, unpack
 
 
@@ -115,9 +115,9 @@ class LlmFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def __init__(self, prefix: str, entries: dict[str, ModuleEntry]) -> None:
         self.prefix, self.entries = prefix, entries
-        widths = {e.format.bits for e in entries.values()}
-        if len(widths) > 1:
-            raise UnsupportedError(f"vLLM merges {', '.join(entries)}, whose weights have {widths} bits; give them one width")
+        kinds = {(e.format.bits, e.blocks) for e in entries.values()}
+        if len(kinds) > 1:
+            raise UnsupportedError(f"vLLM merges {', '.join(entries)}, whose weights differ in width or blocks; give them one")
 
     def create_weights(
         self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int, output_size: int,
@@ -138,7 +138,16 @@ class LlmFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
 
         packed = torch.zeros(rows, packed_width(columns, bits), dtype=torch.uint8)
         add("weight_packed", WeightParameter, packed, input_dim=1, output_dim=0)
-        add("weight_scale", RowParameter, torch.zeros(rows), output_dim=0)
+        parts, blocks = len(entries), entries[0].blocks
+        if blocks is None:
+            add("weight_scale", RowParameter, torch.zeros(rows), output_dim=0)
+        else:
+            if columns < input_size and columns % blocks.block_size:
+                raise UnsupportedError(f"{self.prefix} cannot be split: {columns} columns are no multiple of {blocks.block_size}")
+            stored = torch.zeros(blocks.shape(rows, columns)).to(blocks.torch_dtype)
+            add("weight_scale", BlockParameter, stored, input_dim=1, output_dim=0)
+            if blocks.two_level:
+                add("weight_global_scale", InputParameter, torch.zeros(parts, 1))
         spec = entries[0].input
         if any((e.input is None) != (spec is None) for e in entries):
             raise UnsupportedError(
@@ -146,7 +155,10 @@ class LlmFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
         if spec is None:
             return
-        parts = len(entries)
+        if columns < input_size and spec.transform is not None:
+            raise UnsupportedError(
+                f"{self.prefix} cannot be split: its input passes a transform of all channels; serve it on one GPU"
+            )
         add("input_scale", InputParameter, torch.zeros(parts, 1))
         if any(e.input is not None and e.input.max_shift for e in entries):
             add("input_shift", InputParameter, torch.zeros(parts, columns, dtype=torch.uint8))
@@ -161,7 +173,7 @@ class LlmFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def check(self, layer: Any) -> None:
         """Raise CheckpointError for a tensor of ``layer`` that the checkpoint did not give."""
-        for suffix in ("weight_packed", "weight_scale", "input_scale", "input_shift", "input_smooth"):
+        for suffix in STORED:
             if (parameter := getattr(layer, suffix, None)) is not None and missing(parameter, len(self.entries)):
                 raise CheckpointError(f"the checkpoint lacks {suffix} of {self.prefix}; it is incomplete, quantize again")
 

@@ -12,6 +12,7 @@ from vllm.distributed import get_tp_group
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
     ModelWeightParameter,
     PerTensorScaleParameter,
 )
@@ -24,6 +25,7 @@ from llm_fp4.plan import InputSpec
 
 WeightParameter = ModelWeightParameter
 RowParameter = ChannelQuantScaleParameter
+BlockParameter = GroupQuantScaleParameter
 
 
 class InputParameter(PerTensorScaleParameter):  # type: ignore[misc]
@@ -118,7 +120,7 @@ def _agreed(rows: Tensor, step: Tensor) -> Tensor:
 
 
 def _same_input(layer: Any, a: ModuleEntry, b: ModuleEntry, index: int) -> bool:
-    kept = (getattr(layer, n, None) for n in ("input_scale", "input_shift", "input_smooth"))
+    kept = (getattr(layer, n, None) for n in ("weight_global_scale", "input_scale", "input_shift", "input_smooth"))
     return a.input == b.input and all(t is None or torch.equal(t[index], t[index + 1]) for t in kept)
 
 
@@ -127,8 +129,10 @@ def _linear(layer: Any, entry: ModuleEntry, index: int, rows: slice) -> QuantLin
     spec: InputSpec | None = None if entry.input is None else replace(entry.input)
     packed = layer.weight_packed.data[rows]
     columns = layer.input_size_per_partition
-    linear = QuantLinear(columns, len(packed), entry.format, spec, bias=False, device="meta")
+    linear = QuantLinear(columns, len(packed), entry.format, spec, bias=False, device="meta", blocks=entry.blocks)
     linear.weight_packed, linear.weight_scale = packed, layer.weight_scale.data[rows]
+    if entry.blocks is not None and entry.blocks.two_level:
+        linear.weight_global_scale = layer.weight_global_scale.data[index, 0]
     if spec is not None:
         linear.input_scale = layer.input_scale.data[index, 0]
         linear.input_shift = layer.input_shift.data[index] if spec.max_shift else None

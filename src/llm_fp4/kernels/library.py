@@ -24,6 +24,10 @@ _ARGUMENTS: dict[str, list[type]] = {
         c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_double, c_int, c_void_p, c_void_p, c_void_p,
         c_int, c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_int,
     ],
+    "llm_fp4_quantized_linear": [
+        c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_int,
+        c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int,
+    ],
     "llm_fp4_site_linear": [c_void_p, c_void_p, c_void_p, c_void_p, c_int],
     "llm_fp4_run_blocks": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int],
     "llm_fp4_int_linear": [
