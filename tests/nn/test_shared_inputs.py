@@ -77,3 +77,12 @@ def test_loading_other_numbers_parts_the_site() -> None:
     share_inputs(model)
     model.load_state_dict(model.state_dict())
     assert model.q.site is None
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_it_compiles_into_one_graph(tokens: int) -> None:
+    model, x = Attention(), torch.randn(tokens, 16)
+    share_inputs(model)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert all(torch.equal(a, b) for a, b in zip(compiled(x), model(x), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from llm_fp4.errors import UnsupportedError
 from llm_fp4.integrations.decoder import Decoder
 from llm_fp4.kernels import int_linear
 from llm_fp4.kernels.library import available, select
-from llm_fp4.nn import PackedModule
+from llm_fp4.nn import QuantLinear
 from llm_fp4.numerics import packed_width
 from llm_fp4.progress import Progress, silent
 
@@ -28,7 +29,7 @@ STAGE = "measure"
 
 @dataclass(frozen=True)
 class Machine:
-    """What the model is measured against: medians of the fastest way of reading memory and of multiplying int8 here."""
+    """What the model is measured against: the best run of reading memory and of multiplying int8 here."""
 
     device: str
     threads: int
@@ -46,7 +47,8 @@ class Speed:
         runs: what decodes: "compiled" blocks or "transformers".
         weight_bytes: of all parameters and buffers in memory, shared ones once.
         share_of_bandwidth: bytes of the linears times ``decode``, over what memory gives.
-        share_of_int8_peak: multiply-adds of the linears times ``prefill`` over the int8 peak; None for float models.
+        share_of_int8_peak: operations of the linears that the whole prompt runs through, times ``prefill``, over the int8 peak;
+            None for float models.
     """
 
     name: str
@@ -98,13 +100,13 @@ def _machine(device: str, repeats: int) -> Machine:
     """Return the measured bandwidth and int8 peak of ``device``."""
     where = torch.device(device)
     data = torch.ones(_READ_BYTES // 8, dtype=torch.int64, device=where)
-    read = _seconds(lambda: data.sum(), where, repeats + 2)
+    read = _seconds(lambda: data.sum(), where, repeats + 4, min)
     a = torch.randint(-96, 97, (_SIDE, _SIDE), dtype=torch.int8, device=where)
-    seconds = [_seconds(lambda: torch._int_mm(a, a.t()), where, repeats + 2)]
+    seconds = [_seconds(lambda: torch._int_mm(a, a.t()), where, repeats + 4, min)]
     if where.type == "cpu":  # torch's product and ours, whichever is faster
         packed = torch.randint(0, 256, (_SIDE, packed_width(_SIDE, 4)), dtype=torch.uint8)
         one, step = torch.ones(_SIDE), torch.ones(1, 1)
-        seconds.append(_seconds(lambda: int_linear(a, step, packed, one, None, 2, 1), where, repeats + 2))
+        seconds.append(_seconds(lambda: int_linear(a, step, packed, one, None, 2, 1), where, repeats + 4, min))
     kernels = select() if where.type == "cpu" and available() else "torch"
     return Machine(str(where), torch.get_num_threads(), kernels, _READ_BYTES / read / 1e9, 2 * _SIDE**3 / min(seconds) / 1e12)
 
@@ -124,7 +126,8 @@ def _speed(name: str, model: Any, quantized: bool, machine: Machine, prompt: int
             decode = median(_decode(model, decoder, ids, new, where) for _ in range(repeats))
     parts = _linears(model)
     read = None if decode is None else sum(p[0] for p in parts) * decode / 1e9 / machine.gigabytes_per_second
-    ops = sum(2 * p[1] for p in parts) * prefill / 1e12 / machine.int8_teraops
+    head = model.get_output_embeddings() if _keeps_logits(model) else None  # a prompt's head runs for one token
+    ops = 2 * (sum(p[1] for p in parts) - _elements(head)) * prefill / 1e12 / machine.int8_teraops
     runs = None if decode is None else "transformers" if decoder is None else "compiled"
     return Speed(name, prefill, decode, runs, _bytes(model), read, ops if quantized else None)
 
@@ -144,7 +147,7 @@ def _prefill(model: Any, ids: Tensor) -> Tensor:
 
 
 def _keeps_logits(model: Any) -> bool:
-    return "logits_to_keep" in type(model).forward.__annotations__
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _decode(model: Any, decoder: Decoder | None, ids: Tensor, new: int, where: torch.device) -> float:
@@ -169,11 +172,15 @@ def _linears(model: nn.Module) -> list[tuple[int, int]]:
     """Return the bytes and elements of every linear's weight."""
     out = []
     for module in model.modules():
-        if isinstance(module, PackedModule) and not hasattr(module, "embedding_dim"):
-            out.append((module.weight_packed.nbytes + module.weight_scale.nbytes, module.rows * module.columns))
+        if isinstance(module, QuantLinear):
+            out.append((module.weight_packed.nbytes + module.weight_scale.nbytes, _elements(module)))
         elif isinstance(module, nn.Linear):
-            out.append((module.weight.nbytes, module.weight.numel()))
+            out.append((module.weight.nbytes, _elements(module)))
     return out
+
+
+def _elements(linear: nn.Module | None) -> int:
+    return linear.in_features * linear.out_features if isinstance(linear, nn.Linear | QuantLinear) else 0
 
 
 def _bytes(model: nn.Module) -> int:
@@ -186,8 +193,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the median seconds of ``run``, after one run for warmth."""
+def _seconds(run: Callable[[], object], device: torch.device, repeats: int, of: Callable[[list[float]], float] = median) -> float:
+    """Return the median seconds of ``run``, or the least of them, after one run for warmth."""
     times = []
     for _ in range(repeats + 1):
         _wait(device)
@@ -195,4 +202,4 @@ def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> f
         run()
         _wait(device)
         times.append(time.perf_counter() - began)
-    return median(times[1:])
+    return of(times[1:])

@@ -33,13 +33,15 @@ class Decoder:
         check_decoder(model)
         self.model, self.position, self.capacity = model, 0, 0
         self._pinned = Pinned()
-        self._keys, self._values = [[torch.empty(0)] * len(model.model.layers) for _ in range(2)]
-        inner = model.model
-        self._blocks = (Block * len(inner.layers))(*(self._block(b, f"model.layers.{i}") for i, b in enumerate(inner.layers)))
-        self._norm = self._norm_of(inner.norm)
-        self._head = self._head_of(model.lm_head)
-        self._grow(max(capacity, _PROBE))
-        self._compare()
+        try:
+            self._build()
+            self._grow(max(capacity, _PROBE))
+            self._compare()
+        except (AttributeError, TypeError, IndexError) as error:  # a part of the right name and of another make
+            raise UnsupportedError(
+                f"one token at a time in compiled code is not possible: {type(model).__name__} is made otherwise ({error}); "
+                "transformers runs this model"
+            ) from None
 
     @torch.inference_mode()
     def prompt(self, ids: Tensor) -> Tensor:
@@ -70,6 +72,13 @@ class Decoder:
         return result
 
     # --- making it -----------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        inner = self.model.model
+        self._keys, self._values = [[torch.empty(0)] * len(inner.layers) for _ in range(2)]
+        self._blocks = (Block * len(inner.layers))(*(self._block(b, f"model.layers.{i}") for i, b in enumerate(inner.layers)))
+        self._norm = self._norm_of(inner.norm)
+        self._head = self._head_of(self.model.lm_head)
 
     def _norm_of(self, norm: Any) -> Norm:
         return self._pinned.norm(None) if norm is None else self._pinned.norm(norm.weight, None, epsilon(norm))
@@ -118,8 +127,10 @@ class Decoder:
         """Raise UnsupportedError where the model's own logits on a probe are not these."""
         ids = torch.linspace(0, self.model.model.embed_tokens.num_embeddings - 1, _PROBE).long()
         expected = self.model(ids[None], use_cache=False).logits[0].float()
-        got = torch.stack([self.step(int(token)) for token in ids])
+        alone = [self.step(int(token)) for token in ids]
+        after = [self.prompt(ids[: _PROBE // 2]), *(self.step(int(token)) for token in ids[_PROBE // 2 :])]
         self.position = 0
+        got, expected = torch.stack([*alone, *after]), torch.cat((expected, expected[_PROBE // 2 - 1 :]))
         difference = float((got - expected).norm() / expected.norm().clamp(min=1e-30))
         if not difference <= _AGREE.get(self.model.dtype, _AGREE_NARROW):
             raise UnsupportedError(

@@ -33,8 +33,8 @@ def check_decoder(model: Any) -> None:
     kind = getattr(inner.rotary_emb, "rope_type", "default")
     _require(kind not in ("dynamic", "longrope"), f"its {kind} rotary positions change with the length")
     kinds = getattr(model.config, "layer_types", None)
-    window = getattr(model.config, "sliding_window", None) if kinds is None else "sliding_attention" in kinds
-    _require(not window, "it attends to a sliding window")
+    windows = getattr(model.config, "sliding_window", None) if kinds is None else set(kinds) - {"full_attention"}
+    _require(not windows, "it attends to a sliding window or to another part of the text")
     for i, block in enumerate(inner.layers):
         _check_block(block, f"model.layers.{i}")
 
