@@ -189,9 +189,7 @@ def _data_digest(recipe: Recipe, tokens: Tensor | None, batches: list[Batch] | N
         digest = hashlib.sha256()
         for batch in batches if batches is not None else [{"tokens": tokens}]:
             for name, value in batch.items():
-                content = (
-                    value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if isinstance(value, Tensor) else value
-                )
+                content = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if isinstance(value, Tensor) else value
                 digest.update(f"{name} ".encode() + (content if isinstance(content, bytes) else str(content).encode()))
         return digest.hexdigest()
     source = Path(recipe.calibration.source)
@@ -210,7 +208,7 @@ def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:
     """Return config.json of the checkpoint, without ``quantization_config``."""
     config: dict[str, Any] = model.config.to_dict()
     config["architectures"] = [type(model).__name__]
-    if recipe.transforms.rotation != "none" or parts(structure, recipe):
+    if parts(structure, recipe) or recipe.transforms.rotation != "none":
         config["tie_word_embeddings"] = False
     return config
 

@@ -1,7 +1,7 @@
 """A quantization run over a model: its units, from the embeddings to the output head, in order.
 
-Unit 0 holds the token embeddings, then comes one unit a block in the order the blocks run, stack after stack, then the
-tail. Linears before or between the stacks belong to the unit of the first block after them.
+Unit 0 holds the token embeddings, then comes a unit a block in the order they run, then the tail. Linears before or between
+stacks belong to the unit of the first block after them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.attention import AttentionSites
 from llm_fp4.pipeline.embeddings import lookups, quantize_embedding, selected_embeddings, stored_table
 from llm_fp4.pipeline.rotating import rotated
-from llm_fp4.pipeline.sites import Decided, Linears, decide_site, quantized_layers, split_sites, stored_layer
+from llm_fp4.pipeline.sites import Decided, Linears, decide_site, quantized_layers, selected_linears, split_sites, stored_layer
 from llm_fp4.pipeline.tied import Runs, float_head_gram, parts, shared_heads
 from llm_fp4.plan import ATTENTION_INPUTS, FixedWeight, WeightPlan
 from llm_fp4.progress import Progress, silent
@@ -57,7 +57,7 @@ class Job:
         self.sequential = self.recipe.search.propagation == "sequential"
         self.shared_head = shared_heads(self.structure, self.recipe)
         self.tables: dict[str, QuantizedTensor] = {}  # of an in-memory run
-        self.later: dict[str, nn.Module] = {}  # quantized modules that the float model's own inputs must not see yet
+        self.later: dict[str, nn.Module] = {}  # what the float model's own inputs must not see yet
 
     def run(self) -> None:
         """Quantize everything the recipe selects; every finished unit is in the store at once."""
@@ -183,9 +183,8 @@ class Job:
     def _tail(self, unit: int) -> None:
         """The last unit: linears after the blocks, the output head among them."""
         self._place_embeddings()
-        selected = self._selected(self.structure.outer_linears, head=True)
         early = {n for plan in self.store.plans() for n in plan["weights"] if n in self.structure.outer_linears}
-        selected = {n: m for n, m in selected.items() if n not in early}
+        selected = self._selected([n for n in self.structure.outer_linears if n not in early], head=True)
         self._load_outer(everything=True)
         plans: dict[str, Any] = {"weights": {}, "inputs": {}}
         if selected:
@@ -206,22 +205,14 @@ class Job:
         rules = self.recipe.transforms
         if rules.rotation == "none" or self.store.done == self.store.units:
             return
-        source = rotated(self.model, self.structure, self.source, self.batches[0], self.device, self.recipe.seed)
-        self.source = source
-        if rules.online:
-            self.recipe = self.recipe.with_transformed(source.hidden)
+        self.source = source = rotated(self.model, self.structure, self.source, self.batches[0], self.device, self.recipe.seed)
+        self.recipe = self.recipe.with_transformed(source.hidden) if rules.online else self.recipe
 
     # --- helpers ------------------------------------------------------------------------------------
 
     def _selected(self, names: list[str], head: bool = False) -> Linears:
         """Return those of the linears ``names`` that the recipe quantizes and that still are float."""
-        found = {}
-        for n in names:
-            if self.recipe.selects(n) and n not in self.later:
-                rule, module = self.recipe.rule(n, head=head), self.model.get_submodule(n)
-                if not hasattr(module, "weight_packed") and (rule.weight_formats or (rule.input_formats and not head)):
-                    found[n] = module
-        return found
+        return selected_linears(self.model, [n for n in names if n not in self.later], self.recipe, head)
 
     def _decide(
         self, group: list[str], selected: Linears, run: Callable[[int], object], plans: dict[str, Any], head: bool = False

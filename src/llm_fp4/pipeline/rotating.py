@@ -48,35 +48,37 @@ class RotatedSource:
         return self._source.dtype(name)
 
     def table(self, name: str) -> Tensor | None:
-        return None if self._merge.changes(name.rpartition(".")[0]) else self._source.table(name)
+        return None  # the stored one is not rotated
 
 
-class _Sample:
-    """The model on a few tokens: what enters its blocks, what the first one returns, what follows them."""
+class _Probe:
+    """Runs the parts of a model on one short batch: what comes before its blocks, the first block, what comes after them."""
 
     def __init__(self, model: nn.Module, structure: Structure, batch: Batch) -> None:
-        self._outputs: dict[str, Any] = {}
+        self.runner = BlockRunner(model, structure.stacks, [batch], lambda name, i: self._output)
+        self._output: Any = None
+        (self._stack,) = structure.stacks
         self.first = structure.blocks[0]
-        self._last, self._stack, self._count = structure.blocks[-1], next(iter(structure.stacks)), len(structure.blocks)
-        self._runner = BlockRunner(model, structure.stacks, [batch], lambda name, _: self._outputs[name])
 
-    def hidden(self) -> Tensor:
-        """Return the hidden states that enter the first block."""
-        args, kwargs = self._runner.arguments(self.first, 0)
-        found: Tensor = args[0] if args else kwargs["hidden_states"]
-        return found
+    def first_hidden(self) -> Tensor:
+        self.runner.done[self._stack] = 0
+        args, kwargs = self.runner.arguments(self.first, 0)
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        return hidden
 
-    def block(self) -> Any:
-        """Return what the first block gives for them, as it gives it."""
-        return self._runner.run(self.first, 0)
+    def run(self, hidden: Tensor) -> Tensor:
+        self.runner.done[self._stack] = 0
+        args, kwargs = self.runner.arguments(self.first, 0)
+        args, kwargs = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+        out = self._output = self.runner.model.get_submodule(self.first)(*args, **kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
-    def tail(self, out: Any) -> Any:
-        """Return the model's output if its last block gave ``out``."""
-        self._outputs[self._last], self._runner.done[self._stack] = out, self._count
-        try:
-            return self._runner.tail(0)
-        finally:
-            self._runner.done[self._stack] = 0
+    def tail(self, hidden: Tensor) -> Any:
+        """Return the model's output with ``hidden`` as that of its last block."""
+        self._output = (hidden, *self._output[1:]) if isinstance(self._output, tuple) else hidden
+        self.runner.done[self._stack] = len(self.runner.stacks[self._stack])
+        return self.runner.tail(0)
 
 
 def rotated(
@@ -89,35 +91,38 @@ def rotated(
     Raises:
         UnsupportedError: the model is not of the kind in which rotations merge; the message says what differs.
     """
-    if len(structure.stacks) > 1:
-        raise _refusal(model, "it has several stacks of blocks")
     short = {k: v[:1, :_TOKENS] if isinstance(v, Tensor) and v.dim() == 2 else v for k, v in batch.items()}
-    sample = _Sample(model, structure, short)
-    first = sample.first
+    if len(structure.stacks) > 1:
+        raise _refusal(model, f"it has {len(structure.stacks)} stacks of blocks")
+    first, runner = structure.blocks[0], _Probe(model, structure, short)
     source.load(model, "", device, lambda n: not n.startswith(tuple(f"{b}." for b in structure.blocks)))
     block = source.load(model, first, device)
-    hidden = sample.hidden()
+    hidden = runner.first_hidden()
     width = hidden.shape[-1]
-    roles = block_roles(block, sample.block, width)
+    roles = block_roles(block, lambda: runner.run(hidden), width)
     _check_roles(model, structure, roles, width)
-    after = sample.block()
-    outer = norm_before(model, lambda: sample.tail(after), width)
+    after = runner.run(hidden)
+    outer = norm_before(model, lambda: runner.tail(after), width)
     outer = {n: norm for n, norm in outer.items() if n in structure.outer_linears}
     head_dim = _head_dim(model)
     merge = Merge(
         Rotation(width, seed), Rotation(head_dim, seed + 1) if head_dim else None, structure.embeddings,
         dict.fromkeys(structure.blocks, roles), outer,
     )  # fmt: skip
-    expected = _output(sample.tail(after))
+    expected = _output(runner.tail(after))
     changed = {n: m for n, m in [*_owners(model, ""), *_owners(model, first)] if merge.changes(n) and not m.weight.is_meta}
     with _restored(changed):
         merge.apply(changed)
-        again = sample.hidden()
+        again = runner.first_hidden()
         _same(model, again, merge.residual.right(hidden), "its embeddings do more than look rows up")
-        now = sample.block()
-        turned = merge.residual.right(_output(after))
-        _same(model, _output(now), turned, f"{first} is no pre-norm block with RMSNorm, or its heads are laid out otherwise")
-        _same(model, _output(sample.tail(now)), expected, "what follows its blocks is not RMSNorm and linears")
+        now = runner.run(again)
+        _same(
+            model,
+            now,
+            merge.residual.right(after),
+            f"{first} is no pre-norm block with RMSNorm, or its heads are laid out otherwise",
+        )
+        _same(model, _output(runner.tail(now)), expected, "what follows its blocks is not RMSNorm and linears")
     if not isinstance(source, InMemory):
         source.release(model, "")
     return RotatedSource(source, merge, [f"{b}.{n}" for b in structure.blocks for n in roles.hidden])

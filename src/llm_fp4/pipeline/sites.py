@@ -25,6 +25,17 @@ from llm_fp4.statistics import SiteStatistics
 Linears = dict[str, nn.Module]
 
 
+def selected_linears(model: nn.Module, names: list[str], recipe: Recipe, head: bool = False) -> Linears:
+    """Return those of the linears ``names`` that the recipe quantizes and that still are float."""
+    found = {}
+    for n in names:
+        if recipe.selects(n):
+            rule, module = recipe.rule(n, head=head), model.get_submodule(n)
+            if not hasattr(module, "weight_packed") and (rule.weight_formats or (rule.input_formats and not head)):
+                found[n] = module
+    return found
+
+
 def split_sites(groups: list[list[str]], selected: Linears, recipe: Recipe, head: bool = False) -> list[list[str]]:
     """Return groups split where operands of one tensor ask for different inputs.
 
