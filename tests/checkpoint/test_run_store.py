@@ -31,15 +31,16 @@ def test_a_refused_run_leaves_the_lock_free(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("damage", ["shard", "input"])
+@pytest.mark.parametrize("damage", ["shard", "output"])
 def test_a_truncated_file_of_an_unfinished_run_is_named(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "out.partial"
     store = RunStore(folder, {}, 2)
-    store.save_input(1, 0, torch.ones(1, 3, 4))
-    store.finish(0, {"a": torch.ones(2)}, {})
-    path = {"shard": store.checkpoint / store.shard_name(0), "input": folder / "state" / "inputs-00001" / "00000.safetensors"}[
-        damage
-    ]
+    store.outputs.save("block", 0, (torch.ones(1, 3, 4), None))
+    store.finish(0, {"a": torch.ones(2)}, {}, ["block"])
+    path = {
+        "shard": store.checkpoint / store.shard_name(0),
+        "output": folder / "state" / "outputs" / "block" / "00000.safetensors",
+    }[damage]
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(OutputError, match=f"{path.name} is damaged.*remove .*out.partial"):
-        store.weight_map() if damage == "shard" else store.input(1, 0)
+    with pytest.raises(OutputError, match=f"{path.name} is damaged.*remove"):
+        store.weight_map() if damage == "shard" else store.outputs.load("block", 0)

@@ -35,7 +35,9 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
     for pattern in recipe.targets:
         named = [n for n in structure.floats if matches(pattern, n)]
         if named and not any(matches(pattern, n) for n in structure.names()):
-            raise UnsupportedError(f"{named[0]} stays in float: it is {structure.floats[named[0]]}; leave {pattern!r} out of targets")
+            raise UnsupportedError(
+                f"{named[0]} stays in float: it is {structure.floats[named[0]]}; leave {pattern!r} out of targets"
+            )
     if left := [n for n in structure.others if recipe.selects(n)]:
         kind = type(model.get_submodule(left[0])).__name__
         raise UnsupportedError(

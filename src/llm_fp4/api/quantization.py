@@ -189,7 +189,9 @@ def _data_digest(recipe: Recipe, tokens: Tensor | None, batches: list[Batch] | N
         digest = hashlib.sha256()
         for batch in batches if batches is not None else [{"tokens": tokens}]:
             for name, value in batch.items():
-                content = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if isinstance(value, Tensor) else value
+                content = (
+                    value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if isinstance(value, Tensor) else value
+                )
                 digest.update(f"{name} ".encode() + (content if isinstance(content, bytes) else str(content).encode()))
         return digest.hexdigest()
     source = Path(recipe.calibration.source)

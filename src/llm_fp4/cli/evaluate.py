@@ -54,7 +54,8 @@ def evaluate(
         typer.Option("--limit", min=1, metavar="N", show_default=False, help="Questions of each file or task.  [default: all]"),
     ] = None,
     images: Annotated[
-        str | None, typer.Option("--images", metavar="FOLDER", show_default=False, help="Images for top-1 and top-5; needs --labels.")
+        str | None,
+        typer.Option("--images", metavar="FOLDER", show_default=False, help="Images for top-1 and top-5; needs --labels."),
     ] = None,
     labels: Annotated[
         str | None,
@@ -63,7 +64,9 @@ def evaluate(
     table: Annotated[
         str | None,
         typer.Option(
-            "--table", metavar="FILE", show_default=False,
+            "--table",
+            metavar="FILE",
+            show_default=False,
             help=".tsv or .csv of sentences and labels, as GLUE: accuracy, F1, Matthews, Spearman.",
         ),
     ] = None,
@@ -142,7 +145,10 @@ def _show(result: dict[str, Any], path: str) -> None:
         if "gap" in text:
             print(f"ln(perplexity / float perplexity) = {text['gap']:.4f}")
     if "images" in result:
-        rows = [(path if n == "model" else "float reference", m["top1"], m["top5"], m["agreement"], m["n"]) for n, m in result["images"].items()]
+        rows = [
+            (path if n == "model" else "float reference", m["top1"], m["top5"], m["agreement"], m["n"])
+            for n, m in result["images"].items()
+        ]
         print_table(("model", "top-1", "top-5", "agreement", "images"), rows)
     for what in ("table", "audio"):
         if what in result:

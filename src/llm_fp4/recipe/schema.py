@@ -157,7 +157,9 @@ class Recipe(Strict):
             if self.method in ("minmax", "smoothquant"):
                 standard = self._candidates(bits, None, "attention")
                 first = standard[0]
-                return standard, (FloatFormat(first.exponent_bits, first.mantissa_bits + 1, signed=False),) if rules.unsigned else standard
+                return standard, (
+                    FloatFormat(first.exponent_bits, first.mantissa_bits + 1, signed=False),
+                ) if rules.unsigned else standard
             return formats_of_width(bits), formats_of_width(bits, signed=not rules.unsigned)
         signed = self._candidates(bits, [n for n in names if n == "int" or parse(n).signed], "attention")
         if not rules.unsigned:
