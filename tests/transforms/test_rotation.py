@@ -173,3 +173,15 @@ def test_an_interrupted_rotated_run_ends_with_the_same_bytes(
 def test_a_model_in_memory_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"transforms\.rotation is not implemented for a model in memory"):
         llm_fp4.quantize_module(build("Llama"), [torch.arange(2, 40)[None]], recipe(EIGHT))
+
+
+@pytest.mark.parametrize("name", ["fast", "balanced", "best"])
+def test_named_recipes_run(tmp_path: Path, tiny_llama: Callable[..., Any], tokens: Tensor, name: str) -> None:
+    reference = tiny_llama(tie_word_embeddings=True)
+    reference.save_pretrained(tmp_path / "float")
+    model = llm_fp4.load(llm_fp4.quantize(tmp_path / "float", tmp_path / "out", name, tokens=tokens))
+    down = model.model.layers[0].mlp.down_proj
+    assert (down.spec.transform, down.exact) == ("hadamard" if name != "fast" else None, True)
+    assert (down.spec.granularity == "per_token") >= (name == "best")
+    assert model.lm_head.weight_format.bits == (8 if name == "best" else 4)
+    assert torch.isfinite(model(tokens).logits).all()

@@ -2,6 +2,7 @@
 
 from llm_fp4.api.activations import SiteActivations, activation_statistics
 from llm_fp4.api.benchmarking import Benchmark, Machine, Speed, benchmark
+from llm_fp4.api.estimating import Estimate, estimate
 from llm_fp4.api.evaluating import answer_questions, evaluate
 from llm_fp4.api.exporting import Exported, export, hold
 from llm_fp4.api.figures import draw_activations
@@ -13,6 +14,7 @@ from llm_fp4.api.quantization import quantize, quantize_module
 __all__ = [
     "AttentionReport",
     "Benchmark",
+    "Estimate",
     "Exported",
     "Inspection",
     "LayerReport",
@@ -24,6 +26,7 @@ __all__ = [
     "answer_questions",
     "benchmark",
     "draw_activations",
+    "estimate",
     "evaluate",
     "export",
     "generate_text",
