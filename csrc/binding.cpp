@@ -4,14 +4,16 @@
 #include "buffer.h"
 #include "decoder.h"
 #include "dispatch.h"
+#include "hadamard.h"
 #include "linear.h"
+#include "parallel.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 using namespace llm_fp4;
 
 // Raised with every change of an argument list.
-EXPORT int llm_fp4_version() { return 2; }
+EXPORT int llm_fp4_version() { return 3; }
 
 EXPORT int llm_fp4_select(const char* name) { return select(name) ? 1 : 0; }
 
@@ -83,6 +85,13 @@ EXPORT int llm_fp4_norm_quantize_input(const void* x, int bfloat16, int64_t toke
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;
+}
+
+EXPORT int llm_fp4_hadamard(const float* x, int64_t rows, int64_t in, float* y, int threads) {
+  parallel_for(threads, rows, 1 + 16384 / (in + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) hadamard(x + row * in, in, y + row * in);
+  });
+  return 0;
 }
 
 // `norm` may be null

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "buffer.h"
+#include "hadamard.h"
 #include "linear.h"
 #include "parallel.h"
 
@@ -43,6 +44,11 @@ void site_linear(const Kernels& k, const Norm* norm, const Site& site, const flo
   if (norm && norm->weight) {
     float* row = normed.get<float>(site.in);
     normalize(*norm, x, site.in, row);
+    x = row;
+  }
+  if (site.hadamard) {
+    float* row = normed.get<float>(site.in);  // where the normalized row may be already
+    hadamard(x, site.in, row);
     x = row;
   }
   const Format format{static_cast<int>(site.exponent_bits), static_cast<int>(site.mantissa_bits), site.is_signed != 0};

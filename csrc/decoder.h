@@ -17,13 +17,13 @@ struct Operand {
   int64_t out, exponent_bits, mantissa_bits;
 };
 
-// An input that all `count` operands read; `scale` null: it stays float.
+// An input that all `count` operands read; `scale` null: it stays float. `hadamard`: it is transformed before it is rounded.
 struct Site {
   int64_t in;
   const float* scale;
   const uint8_t* shift;
   const float* smooth;
-  int64_t exponent_bits, mantissa_bits, is_signed, max_shift, per_token, count;
+  int64_t exponent_bits, mantissa_bits, is_signed, max_shift, per_token, hadamard, count;
   const Operand* operands;
 };
 

@@ -32,6 +32,10 @@ PLAIN = {"search": {"rounds": 1}}
 RECIPES: dict[str, dict[str, Any]] = {
     "W4A8": {**PLAIN, "bits": {"embedding": 16, "activation": 8}, "inputs": {"formats": ["e1m6"]}},
     "weight only": {**PLAIN, "bits": {"activation": 16}},
+    "transformed": {
+        **PLAIN,
+        "overrides": [{"targets": ["down_proj", "q_proj", "k_proj", "v_proj"], "input_transform": "hadamard"}],
+    },
     "float head": {**PLAIN, "ignore": ["lm_head"]},
 }
 

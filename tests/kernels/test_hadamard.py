@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from llm_fp4.kernels import hadamard
-from llm_fp4.kernels.hadamard import power_of_two
+from llm_fp4.kernels.hadamard import hadamard_reference, power_of_two
+from llm_fp4.kernels.library import available, select
 
 
 @pytest.mark.parametrize("width", [1, 2, 8, 64, 12, 96, 7, 0])
@@ -23,6 +24,17 @@ def test_leading_shapes_and_dtypes() -> None:
     assert hadamard(x).shape == x.shape
     assert hadamard(x).dtype == torch.float32
     assert hadamard(torch.randn(48, 3).t()).shape == (3, 48)
+
+
+@pytest.mark.parametrize("kernel", available())
+def test_every_kernel_equals_the_reference(kernel: str) -> None:
+    try:
+        select(kernel)
+        for width in (1, 2, 7, 32, 96, 576, 1536, 2048, 4096):
+            for x in (torch.randn(3, width) * 100, torch.randn(width, 5).t(), torch.randn(2, 2, width).bfloat16()):
+                assert torch.equal(hadamard(x), hadamard_reference(x)), width
+    finally:
+        select()
 
 
 @pytest.mark.parametrize("width", [16, 12, 7])

@@ -1,4 +1,4 @@
-"""CPU overrides of the fused operations; what the compiled kernels do not cover runs the reference bodies."""
+"""CPU overrides of the fused operations and of the Hadamard transform; what the compiled kernels do not cover runs the reference bodies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 from llm_fp4.kernels.cpu import address, check, max_level, ready, threads
 from llm_fp4.kernels.fused import quantized_linear as quantized_linear_op
 from llm_fp4.kernels.fused import quantized_linear_reference
+from llm_fp4.kernels.hadamard import hadamard as hadamard_op
+from llm_fp4.kernels.hadamard import hadamard_reference
 from llm_fp4.kernels.library import selected
 from llm_fp4.kernels.norm import norm_quantize_input as norm_quantize_input_op
 from llm_fp4.kernels.norm import norm_quantize_input_reference
@@ -76,3 +78,16 @@ def norm_quantize_input(
         )
     )  # fmt: skip
     return levels, step
+
+
+@hadamard_op.register_kernel("cpu")
+def hadamard(x: Tensor) -> Tensor:
+    """Return what :func:`llm_fp4.kernels.hadamard.hadamard` does, bit for bit."""
+    library = selected()
+    if library is None or x.numel() == 0:
+        return hadamard_reference(x)
+    x = x.float().contiguous()
+    y = torch.empty_like(x)
+    width = x.shape[-1]
+    check(library.llm_fp4_hadamard(x.data_ptr(), x.numel() // width, width, y.data_ptr(), threads(x.numel())))
+    return y

@@ -31,7 +31,8 @@ class Operand(Structure):
 class Site(Structure):
     _fields_ = [
         ("columns", c_int64), ("scale", c_void_p), ("shift", c_void_p), ("smooth", c_void_p), ("exponent_bits", c_int64),
-        ("mantissa_bits", c_int64), ("signed", c_int64), ("max_shift", c_int64), ("per_token", c_int64), ("count", c_int64),
+        ("mantissa_bits", c_int64), ("signed", c_int64), ("max_shift", c_int64), ("per_token", c_int64), ("hadamard", c_int64),
+        ("count", c_int64),
         ("operands", POINTER(Operand)),
     ]  # fmt: skip
 
@@ -76,11 +77,12 @@ class Pinned:
         array = (Operand * len(operands))(*operands)
         self.tensors.append(array)
         if spec is None:
-            return Site(columns, None, None, None, 0, 0, 0, 0, 0, len(operands), array)
+            return Site(columns, None, None, None, 0, 0, 0, 0, 0, 0, len(operands), array)
         f = spec.format
         return Site(
             columns, self.address(scale, torch.float32), self.address(shift, torch.uint8), self.address(smooth, torch.float32),
-            f.exponent_bits, f.mantissa_bits, int(f.signed), spec.max_shift, int(spec.granularity == "per_token"), len(operands), array,
+            f.exponent_bits, f.mantissa_bits, int(f.signed), spec.max_shift, int(spec.granularity == "per_token"),
+            int(spec.transform == "hadamard"), len(operands), array,
         )  # fmt: skip
 
 

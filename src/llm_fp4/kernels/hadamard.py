@@ -15,8 +15,7 @@ def power_of_two(width: int) -> int:
     return width & -width
 
 
-@torch.library.custom_op("llm_fp4::hadamard", mutates_args=())
-def hadamard(x: Tensor) -> Tensor:
+def hadamard_reference(x: Tensor) -> Tensor:
     """Return (..., n) float32 ``x`` with every run of ``power_of_two(n)`` channels multiplied by the orthonormal Hadamard matrix.
 
     The matrix is symmetric and its own inverse. In Sylvester's order, so H[i, j] is the parity of ``popcount(i & j)``.
@@ -31,6 +30,9 @@ def hadamard(x: Tensor) -> Tensor:
         half *= 2
     result: Tensor = (out * size**-0.5).view(x.shape)
     return result
+
+
+hadamard = torch.library.custom_op("llm_fp4::hadamard", hadamard_reference, mutates_args=())
 
 
 @hadamard.register_fake
