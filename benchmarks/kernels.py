@@ -13,16 +13,15 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import linear
 
-from llm_fp4.kernels import float_linear, int_linear, quantize_input
+from llm_fp4.kernels import float_linear, quantized_linear
 from llm_fp4.kernels.library import select
 from llm_fp4.numerics import packed_width, parse
 
@@ -58,7 +57,7 @@ def torch_linear(dtype: torch.dtype) -> Contender:
 
 
 def packed(name: str, weight: str, input_format: str | None, max_shift: int = 0) -> Contender:
-    """Return quantize_input and the integer product, or the weight-only product where ``input_format`` is None."""
+    """Return the rounding and the integer product, or the weight-only product where ``input_format`` is None."""
     fmt = parse(weight)
 
     def prepare(width: int, out: int, rows: int, count: int) -> Run:
@@ -69,13 +68,8 @@ def packed(name: str, weight: str, input_format: str | None, max_shift: int = 0)
         source, step = parse(input_format), torch.tensor(0.25)
         shift = torch.randint(0, max_shift + 1, (width,), dtype=torch.uint8) if max_shift else None
 
-        def run(i: int) -> Tensor:
-            levels, unit = quantize_input(
-                x, step, shift, None, source.exponent_bits, source.mantissa_bits, True, max_shift, False
-            )  # fmt: skip
-            return int_linear(levels, unit, weights[i % count], scale, None, fmt.exponent_bits, fmt.mantissa_bits)
-
-        return run
+        rounding = (step, shift, None, source.exponent_bits, source.mantissa_bits, True, max_shift, False)
+        return lambda i: quantized_linear(x, *rounding, weights[i % count], scale, None, fmt.exponent_bits, fmt.mantissa_bits)
 
     return Contender(name, lambda width, out: out * packed_width(width, fmt.bits), prepare)
 
@@ -106,9 +100,11 @@ def read_bandwidth() -> Run:
     return lambda i: data.sum()
 
 
-def measure(width: int, out: int, rows: int, cold: bool, rounds: int, names: list[str]) -> list[dict[str, Any]]:
+def measure(
+    width: int, out: int, rows: int, cold: bool, rounds: int, names: list[str], of: Sequence[Contender] = CONTENDERS
+) -> list[dict[str, Any]]:
     """Return one record a contender: milliseconds, ratio to the faster baseline, and what it read in a second."""
-    contenders = [c for c in CONTENDERS if c.baseline or not names or any(n in c.name for n in names)]
+    contenders = [c for c in of if c.baseline or not names or any(n in c.name for n in names)]
     counts = [1 + COLD_BYTES // c.bytes_of(width, out) if cold else 1 for c in contenders]
     runs = [c.prepare(width, out, rows, count) for c, count in zip(contenders, counts, strict=True)]
     read = read_bandwidth() if cold else None

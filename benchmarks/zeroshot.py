@@ -29,6 +29,7 @@ def main() -> None:
     arguments.add_argument("--items", type=int, default=100)
     arguments.add_argument("--sequences", type=int, default=8)
     arguments.add_argument("--rounds", type=int, default=1)
+    arguments.add_argument("--name", default="zeroshot")
     a = arguments.parse_args()
     if not DATA.is_dir():
         raise SystemExit(f"the zero-shot items are not at {DATA}")
@@ -46,12 +47,12 @@ def main() -> None:
             f"{bits:8s} {title:14s} " + "  ".join(f"{t} {s:.3f}" for t, s in scores.items()) + f"  average {average:.3f}",
             flush=True,
         )
-        record("zeroshot", rows)
+        record(a.name, rows)
 
     measure("float", "16/16/16", AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
     for bits in a.bits:
         for method in a.methods:
-            out = WORK / "zeroshot-checkpoint"
+            out = WORK / f"{a.name}-checkpoint"
             for folder in (out, out.with_name(f"{out.name}.partial")):
                 shutil.rmtree(folder, ignore_errors=True)
             llm_fp4.quantize(source, out, recipe_of(f"{bits}:{method}", a.rounds), tokens=tokens)

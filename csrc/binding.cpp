@@ -1,6 +1,8 @@
 // The C interface that Python loads; kernels/cpu.py declares it once more. Arguments are checked there.
 #include <new>
 
+#include "buffer.h"
+#include "decoder.h"
 #include "dispatch.h"
 #include "linear.h"
 
@@ -9,7 +11,7 @@
 using namespace llm_fp4;
 
 // Raised with every change of an argument list.
-EXPORT int llm_fp4_version() { return 1; }
+EXPORT int llm_fp4_version() { return 2; }
 
 EXPORT int llm_fp4_select(const char* name) { return select(name) ? 1 : 0; }
 
@@ -43,10 +45,57 @@ EXPORT int llm_fp4_int_linear(const void* levels, int wide, int64_t tokens, int6
   return 1;
 }
 
+// quantize_input and int_linear in one call
+EXPORT int llm_fp4_quantized_linear(const void* x, int bfloat16, int64_t tokens, int64_t in, const float* scale, const uint8_t* shift,
+                                    const float* smooth, int exponent_bits, int mantissa_bits, int is_signed, int max_shift,
+                                    int per_token, const uint8_t* codes, int64_t out, const float* weight_scale, const float* bias,
+                                    int weight_exponent_bits, int weight_mantissa_bits, float* y, int threads) try {
+  thread_local Buffer level_buffer, step_buffer;
+  const Format format{exponent_bits, mantissa_bits, is_signed != 0};
+  const bool wide = format.max_level() << max_shift > 127;
+  void* levels = level_buffer.get<int8_t>(tokens * in * (wide ? 2 : 1));
+  float* step = step_buffer.get<float>(tokens);
+  quantize_input(kernels(), {x, bfloat16 != 0, tokens, in, scale, shift, smooth, format, max_shift, per_token != 0, levels, step},
+                 threads);
+  const Weight w = make_weight(codes, out, in, {weight_exponent_bits, weight_mantissa_bits, true});
+  int_linear(kernels(), w, {levels, wide, tokens, step, 1, weight_scale, bias, y}, threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
 EXPORT int llm_fp4_float_linear(const float* x, int64_t tokens, int64_t in, const uint8_t* codes, int64_t out, const float* scale,
                                 const float* bias, int exponent_bits, int mantissa_bits, float* y, int threads) try {
   const Weight w = make_weight(codes, out, in, {exponent_bits, mantissa_bits, true});
   float_linear(kernels(), w, x, tokens, scale, bias, y, threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+EXPORT int llm_fp4_norm_quantize_input(const void* x, int bfloat16, int64_t tokens, int64_t in, const float* weight, const float* bias,
+                                       double eps, int centered, const float* scale, const uint8_t* shift, const float* smooth,
+                                       int exponent_bits, int mantissa_bits, int is_signed, int max_shift, int per_token, void* levels,
+                                       float* step, int threads) try {
+  const Format format{exponent_bits, mantissa_bits, is_signed != 0};
+  norm_quantize_input(kernels(), {weight, bias, eps, centered},
+                      {x, bfloat16 != 0, tokens, in, scale, shift, smooth, format, max_shift, per_token != 0, levels, step}, threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// `norm` may be null
+EXPORT int llm_fp4_site_linear(const Norm* norm, const Site* site, const float* x, float* y, int threads) try {
+  site_linear(kernels(), norm, *site, x, y, threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+EXPORT int llm_fp4_run_blocks(const Block* blocks, int64_t count, float* hidden, const float* cosine, const float* sine, int64_t rotary,
+                              int64_t position, int threads) try {
+  for (int64_t i = 0; i < count; ++i) run_block(kernels(), blocks[i], hidden, cosine, sine, rotary, position, threads);
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

@@ -16,7 +16,7 @@ constexpr Getter kBestFirst[] = {
     avx512_kernels, avx_vnni_kernels, avx2_kernels,
 #endif
 #if defined(LLM_FP4_NEON)
-    neon_kernels,
+    neon_i8mm_kernels, neon_kernels,
 #endif
     scalar_kernels};
 

@@ -70,7 +70,8 @@ struct Kernels {
   bool (*supported)();
   // largest |x| times its multiplier in a row; NaN if the row holds one
   float (*row_top)(const Quantizer&, const void* x);
-  void (*quantize_row)(const Quantizer&, float inverse_step, const void* x, void* levels);
+  // levels of a row; returns whether it holds no NaN
+  bool (*quantize_row)(const Quantizer&, float inverse_step, const void* x, void* levels);
   // levels (in,) to one or two limb rows with their sums
   void (*arrange)(const void* levels, bool wide, int64_t in, int bits, int8_t* rows, int64_t stride, int32_t* row_sums);
   // sums (count, stride) of outputs [first, last), at most kFewRows rows
@@ -84,6 +85,11 @@ struct Kernels {
   // 64 but at a row's end
   void (*float_dot)(const Weight&, const FloatRows&, int64_t first, int64_t last, int64_t first_byte, int64_t bytes, float* sums,
                     int64_t stride, bool more);
+  // softmax of scale * (keys q) applied to values; keys, values (tokens, d), scores (tokens,) of working memory
+  void (*attend)(const float* q, const float* keys, const float* values, int64_t tokens, int64_t d, float scale, float* scores,
+                 float* y);
+  // SiLU of gate times up
+  void (*gated)(const float* gate, const float* up, int64_t n, float* y);
 };
 
 const Kernels& scalar_kernels();
@@ -91,5 +97,7 @@ const Kernels& avx2_kernels();
 const Kernels& avx_vnni_kernels();
 const Kernels& avx512_kernels();
 const Kernels& amx_kernels();
+const Kernels& neon_kernels();
+const Kernels& neon_i8mm_kernels();
 
 }  // namespace llm_fp4

@@ -3,6 +3,7 @@
 
 #include "format.h"
 #include "kernels.h"
+#include "norm.h"
 
 namespace llm_fp4 {
 
@@ -34,6 +35,8 @@ struct LinearCall {
 Weight make_weight(const uint8_t* codes, int64_t out, int64_t in, Format format);
 
 void quantize_input(const Kernels&, const QuantizeCall&, int threads);
+// of the normalized input
+void norm_quantize_input(const Kernels&, const Norm&, const QuantizeCall&, int threads);
 void int_linear(const Kernels&, const Weight&, const LinearCall&, int threads);
 void float_linear(const Kernels&, const Weight&, const float* x, int64_t tokens, const float* scale, const float* bias, float* y,
                   int threads);

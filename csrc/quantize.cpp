@@ -1,5 +1,7 @@
 #include <cmath>
+#include <cstring>
 
+#include "buffer.h"
 #include "linear.h"
 #include "parallel.h"
 
@@ -33,16 +35,41 @@ void quantize_input(const Kernels& k, const QuantizeCall& call, int threads) {
   const auto* x = static_cast<const char*>(call.x);
   auto* levels = static_cast<char*>(call.levels);
   const int64_t x_bytes = call.in * (call.bfloat16 ? 2 : 4), level_bytes = call.in * (q.wide ? 2 : 1);
-  if (!call.per_token) call.step[0] = call.scale[0] * unit;
   const int64_t chunk = 1 + kElementsOfAThread / (call.in + 1);
   parallel_for(threads, call.tokens, chunk, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       float step = call.scale[0];
-      if (call.per_token) {
-        step = step_of(k.row_top(q, x + t * x_bytes), ratio_of_level);
-        call.step[t] = step * unit;
+      if (call.per_token) step = step_of(k.row_top(q, x + t * x_bytes), ratio_of_level);
+      const bool numbers = k.quantize_row(q, 1.0f / step, x + t * x_bytes, levels + t * level_bytes);
+      call.step[t] = numbers ? step * unit : NAN;  // levels have no NaN: the row's step carries it to every output
+    }
+  });
+}
+
+void norm_quantize_input(const Kernels& k, const Norm& norm, const QuantizeCall& call, int threads) {
+  const bool wide = call.format.max_level() << call.max_shift > 127;
+  const int64_t level_bytes = call.in * (wide ? 2 : 1);
+  parallel_for(threads, call.tokens, 1 + kElementsOfAThread / (call.in + 1), [&](int64_t begin, int64_t end) {
+    thread_local Buffer buffer;
+    float* row = buffer.get<float>(call.in);
+    for (int64_t t = begin; t < end; ++t) {
+      if (call.bfloat16) {
+        const auto* half = static_cast<const uint16_t*>(call.x) + t * call.in;
+        for (int64_t j = 0; j < call.in; ++j) {
+          const uint32_t bits = uint32_t{half[j]} << 16;
+          std::memcpy(&row[j], &bits, 4);
+        }
+        normalize(norm, row, call.in, row);
+      } else {
+        normalize(norm, static_cast<const float*>(call.x) + t * call.in, call.in, row);
       }
-      k.quantize_row(q, 1.0f / step, x + t * x_bytes, levels + t * level_bytes);
+      QuantizeCall one = call;
+      one.x = row;
+      one.bfloat16 = false;
+      one.tokens = 1;
+      one.levels = static_cast<char*>(call.levels) + t * level_bytes;
+      one.step = call.step + t;
+      quantize_input(k, one, 1);
     }
   });
 }

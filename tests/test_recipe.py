@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from llm_fp4.errors import RecipeError
 from llm_fp4.recipe import PRESETS, SUMMARIES, Bits, Override, Recipe, dump_recipe, load_recipe, matches
@@ -92,3 +93,12 @@ def test_methods_without_search_take_one_format() -> None:
     assert [f.name for f in load_recipe("minmax-int").rule("x").input_formats] == ["e1m2"]
     assert [f.name for f in load_recipe("smoothquant").rule("x").weight_formats] == ["e1m2"]
     assert not load_recipe("fpq-baseline").rule("x").shift
+
+
+def test_a_shift_range_is_a_word_or_a_small_number() -> None:
+    assert Recipe.model_validate({"inputs": {"shift_range": 5}}).rule("q").shift_range == 5
+    override = {"targets": ["down"], "shift_range": "search"}
+    assert Recipe.model_validate({"overrides": [override]}).rule("down").shift_range == "search"
+    for wrong in (16, -1, "wide"):
+        with pytest.raises(ValidationError):
+            Recipe.model_validate({"inputs": {"shift_range": wrong}})

@@ -2,6 +2,7 @@
 #include "avx2/dot.inl"
 #include "avx2/avx2.h"
 #include "common/arrange.inl"
+#include "common/attend.inl"
 #include "common/quantize.inl"
 
 namespace llm_fp4 {
@@ -9,7 +10,8 @@ namespace llm_fp4 {
 const Kernels& avx2_kernels() {
   static const Kernels kernels = {"avx2",
                                   [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-                                  row_top, quantize_row, arrange, dot, nullptr, nullptr, finish, avx2::float_dot};
+                                  row_top, quantize_row, arrange, dot, nullptr, nullptr, finish, avx2::float_dot,
+                                  attend, gated};
   return kernels;
 }
 

@@ -6,6 +6,7 @@
 #include "avx2/dot.inl"
 #include "avx2/avx2.h"
 #include "common/arrange.inl"
+#include "common/attend.inl"
 #include "common/quantize.inl"
 
 namespace llm_fp4 {
@@ -22,7 +23,7 @@ const Kernels& avx_vnni_kernels() {
   static const Kernels kernels = {
       "avx_vnni",
       [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_avx_vnni(); },
-      row_top, quantize_row, arrange, dot, nullptr, nullptr, finish, avx2::float_dot};
+      row_top, quantize_row, arrange, dot, nullptr, nullptr, finish, avx2::float_dot, attend, gated};
   return kernels;
 }
 

@@ -8,7 +8,7 @@ namespace llm_fp4 {
 namespace avx512 {
 namespace {
 
-constexpr int64_t kAhead = 8192;  // bytes of codes between what is multiplied and what is fetched meanwhile
+constexpr int64_t kAhead = 4096;  // bytes of codes between what is multiplied and what is fetched meanwhile
 
 template <int kRows, int kOuts>
 struct Tile {

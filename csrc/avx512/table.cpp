@@ -2,6 +2,7 @@
 #include "avx512/avx512.h"
 
 #include "common/arrange.inl"
+#include "common/attend.inl"
 #include "common/quantize.inl"
 
 namespace llm_fp4 {
@@ -13,7 +14,7 @@ const Kernels& avx512_kernels() {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
       },
-      row_top, quantize_row, arrange, avx512::dot, avx512::expand, avx512::product, finish, avx512::float_dot};
+      row_top, quantize_row, arrange, avx512::dot, avx512::expand, avx512::product, finish, avx512::float_dot, attend, gated};
   return kernels;
 }
 

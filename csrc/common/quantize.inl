@@ -45,17 +45,20 @@ float top_of(const Quantizer& q, const Input* __restrict x) {
   return as_float(static_cast<uint32_t>(top));
 }
 
+// Returns whether all of the row are numbers; what is none gets level 0.
 template <typename Input, bool kSmooth, bool kShift, typename Level>
-void levels_of(const Quantizer& q, float inverse, const Input* __restrict x, Level* __restrict levels) {
+bool levels_of(const Quantizer& q, float inverse, const Input* __restrict x, Level* __restrict levels) {
   const float* __restrict smooth = q.smooth;
   const uint8_t* __restrict shift = q.shift;
   const float low = q.low, top = q.top;
   const int m = q.mantissa_bits, max_shift = q.max_shift;
   const uint32_t smallest = static_cast<uint32_t>(m + 127) << 23;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even what is below 2^22
+  int32_t numbers = 1;
   for (int64_t j = 0; j < q.in; ++j) {
     float value = load(x, j) * multiplier<kSmooth, kShift>(inverse, smooth, shift, j);
     const bool number = value == value;
+    numbers &= number;
     value = value < low ? low : value;
     value = value > top ? top : value;
     const uint32_t power = as_bits(value) & 0x7F800000u;  // 2^floor(log2|value|)
@@ -68,6 +71,7 @@ void levels_of(const Quantizer& q, float inverse, const Input* __restrict x, Lev
     if (kShift) level = level * power_of_two(max_shift - shift[j]);
     levels[j] = static_cast<Level>(static_cast<int32_t>(level));
   }
+  return numbers != 0;
 }
 
 template <typename Input>
@@ -77,7 +81,7 @@ float row_top_of(const Quantizer& q, const Input* x) {
 }
 
 template <typename Input, typename Level>
-void row_levels_of(const Quantizer& q, float inverse, const Input* x, Level* levels) {
+bool row_levels_of(const Quantizer& q, float inverse, const Input* x, Level* levels) {
   if (q.smooth) {
     if (q.shift) return levels_of<Input, true, true>(q, inverse, x, levels);
     return levels_of<Input, true, false>(q, inverse, x, levels);
@@ -90,7 +94,7 @@ float row_top(const Quantizer& q, const void* x) {
   return q.bfloat16 ? row_top_of(q, static_cast<const uint16_t*>(x)) : row_top_of(q, static_cast<const float*>(x));
 }
 
-void quantize_row(const Quantizer& q, float inverse, const void* x, void* levels) {
+bool quantize_row(const Quantizer& q, float inverse, const void* x, void* levels) {
   auto* narrow = static_cast<int8_t*>(levels);
   auto* wide = static_cast<int16_t*>(levels);
   if (q.bfloat16) {

@@ -1,5 +1,6 @@
 // Plain C++ for any machine; also what the other instruction sets are tested against.
 #include "common/arrange.inl"
+#include "common/attend.inl"
 #include "common/quantize.inl"
 #include "kernels.h"
 
@@ -51,7 +52,7 @@ void float_dot(const Weight& w, const FloatRows& x, int64_t first, int64_t last,
 
 const Kernels& scalar_kernels() {
   static const Kernels kernels = {"scalar",   [] { return true; }, row_top, quantize_row, arrange, dot, nullptr, nullptr, finish,
-                                  float_dot};
+                                  float_dot,  attend, gated};
   return kernels;
 }
 

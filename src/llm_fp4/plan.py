@@ -31,6 +31,7 @@ class InputSpec:
             each block is its largest magnitude over the largest value, rounded to E4M3 over the stored scale).
         max_shift: the largest channel shift, 0 where there is none.
         smooth: whether a real factor per channel divides the input first (SmoothQuant).
+        transform: "hadamard" where the input passes ``kernels.hadamard`` before it is quantized; its weights did so too.
     """
 
     format: FloatFormat
@@ -49,8 +50,12 @@ class InputSpec:
             raise UnsupportedError("channel shifts and smoothing of inputs with block scales are not implemented; leave them out")
         if self.offset:
             raise UnsupportedError("input offset is not implemented in this version; leave it out of the plan")
-        if self.transform is not None:
-            raise UnsupportedError(f"input transform {self.transform!r} is not implemented; leave it out of the plan")
+        if self.transform not in (None, "hadamard"):
+            raise UnsupportedError(
+                f"input transform {self.transform!r} is not implemented; use hadamard or leave it out of the plan"
+            )
+        if self.transform is not None and self.smooth:
+            raise UnsupportedError("an input transform beside smoothing is not implemented; leave one of them out")
         if not 0 <= self.max_shift <= 127:
             raise UnsupportedError(f"input max_shift {self.max_shift} is outside 0 to 127")
 
@@ -81,6 +86,7 @@ class InputSpec:
 
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"format": self.format.name, "granularity": self.granularity, "max_shift": self.max_shift}
+        out |= {"transform": self.transform} if self.transform else {}
         return out | ({"smooth": True} if self.smooth else {})
 
     @classmethod

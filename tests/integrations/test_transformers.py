@@ -72,3 +72,15 @@ def test_a_missing_float_tensor_is_an_error_not_a_warning(checkpoint: Path) -> N
     save_file(tensors, shard)
     with pytest.raises(CheckpointError, match=r"lacks model\.layers\.0\.input_layernorm\.weight|cannot be loaded"):
         llm_fp4.load(checkpoint)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux tells which file memory is mapped from")
+def test_packed_weights_stay_in_the_mapped_file(checkpoint: Path) -> None:
+    model = llm_fp4.load(checkpoint)
+    mapped = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(checkpoint) in line:
+            mapped.append([int(end, 16) for end in line.split()[0].split("-")])
+    for layer in model.model.layers:
+        packed = layer.mlp.gate_proj.weight_packed
+        assert any(low <= packed.data_ptr() < high for low, high in mapped)

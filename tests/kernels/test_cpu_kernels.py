@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.errors import UnsupportedError
-from llm_fp4.kernels import ops
+from llm_fp4.kernels import fused, ops
 from llm_fp4.kernels.library import available, select, selected
 from llm_fp4.numerics import FloatFormat, decode, levels, pack, parse, unpack
 from llm_fp4.plan import TWO_LIMBS
@@ -41,7 +41,7 @@ def check_quantize(x: Tensor, scale: float, shift: Tensor | None, smooth: Tensor
             x, torch.tensor(scale), shift, smooth, fmt.exponent_bits, fmt.mantissa_bits, fmt.signed, max_shift, per_token
         )  # fmt: skip
         got, step = ops.quantize_input(*arguments)
-        want, want_step = ops.quantize_input._init_fn(*arguments)
+        want, want_step = ops.quantize_input_reference(*arguments)
         assert got.dtype == want.dtype
         assert torch.equal(got, want)
         assert torch.equal(step.nan_to_num(), want_step.nan_to_num())
@@ -108,7 +108,7 @@ def test_int_linear_equals_the_reference(kernel: str, name: str) -> None:
         step = torch.rand(choose.choice((1, tokens)), 1) + 0.01
         bias = torch.randn(out) if choose.random() < 0.5 else None
         arguments = (x, step, random_weight(out, width, fmt), torch.rand(out) + 0.01, bias, fmt.exponent_bits, fmt.mantissa_bits)
-        assert torch.equal(ops.int_linear(*arguments), ops.int_linear._init_fn(*arguments)), (tokens, width, out, top)
+        assert torch.equal(ops.int_linear(*arguments), ops.int_linear_reference(*arguments)), (tokens, width, out, top)
 
 
 @pytest.mark.parametrize("name", [*FOUR_BITS, "e1m6"])
@@ -137,16 +137,33 @@ def test_float_linear_differs_from_float64_no_more_than_float32_sums_do(kernel: 
         assert bool(((got - exact).abs() <= bound).all()), (tokens, width, out)
 
 
+@pytest.mark.parametrize("name", [*FOUR_BITS, "e1m6"])
+def test_one_operation_equals_its_two_halves(kernel: str, name: str) -> None:
+    fmt = parse(name)
+    torch.manual_seed(17)
+    for (tokens, width, out), limit, per_token in product(
+        ((1, 130, 70), (9, 33, 5), (0, 4, 3), (70, 257, 9)), (0, 1), (False, True)
+    ):
+        x, shift = torch.randn(tokens, width), torch.randint(0, limit + 1, (width,), dtype=torch.uint8) if limit else None
+        rounding = (torch.tensor(0.4), shift, None, fmt.exponent_bits, fmt.mantissa_bits, True, limit, per_token)
+        bias = torch.randn(out) if limit else None
+        weight = (random_weight(out, width, fmt), torch.rand(out), bias, fmt.exponent_bits, fmt.mantissa_bits)
+        for source in (x, x.bfloat16()):
+            halves = ops.int_linear_reference(*ops.quantize_input_reference(source, *rounding), *weight)
+            assert torch.equal(fused.quantized_linear(source, *rounding, *weight), halves)
+    torch.library.opcheck(fused.quantized_linear, (x, *rounding, *weight))
+
+
 def test_uncovered_formats_run_the_reference(kernel: str) -> None:
     torch.manual_seed(3)
     for name in ("e2m3", "e1m4", "e1m1", "e2m4"):
         fmt = parse(name)
         x = torch.randint(-100, 101, (3, 50), dtype=torch.int8)
         arguments = (x, torch.ones(1, 1), random_weight(7, 50, fmt), torch.rand(7), None, fmt.exponent_bits, fmt.mantissa_bits)
-        assert torch.equal(ops.int_linear(*arguments), ops.int_linear._init_fn(*arguments))
+        assert torch.equal(ops.int_linear(*arguments), ops.int_linear_reference(*arguments))
     wide = parse("e4m3")
     arguments = (torch.randn(2, 9), random_weight(7, 9, wide), torch.rand(7), None, 4, 3)
-    assert torch.equal(ops.float_linear(*arguments), ops.float_linear._init_fn(*arguments))
+    assert torch.equal(ops.float_linear(*arguments), ops.float_linear_reference(*arguments))
 
 
 def test_the_ops_keep_torchs_rules(kernel: str) -> None:

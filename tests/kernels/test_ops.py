@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_fp4.errors import UnsupportedError
 from llm_fp4.kernels import accumulate, float_linear, int_linear, integer_product, quantize_input, token_scale
 from llm_fp4.numerics import (
     FloatFormat,
@@ -85,7 +86,7 @@ def test_integer_path_is_the_simulation(activation: str, weight: str, shifted: b
     levels, step = quantize(x, scale, fmt, shift, max_shift=limit)
     # E3M0 reaches 64 << 7 = 8192, E1M6 127 << 1: two limbs; the others at most 12 << 3 = 96: one
     assert levels.dtype == (torch.int8 if fmt.max_level << limit <= 127 else torch.int16)
-    assert step.tolist() == [[float(scale) * 2.0**-limit]]
+    assert step.tolist() == [[float(scale) * 2.0**-limit]] * 5
     if shifted:
         assert int(shift.max()) == limit  # the data does use the whole range
     x_fake = fake_quantize(x, scale * torch.exp2(-(shift if shifted else torch.zeros(37)).float()), fmt)
@@ -159,7 +160,7 @@ def test_odd_and_empty_shapes(tokens: int, inner: int, out: int, per_token: bool
     scale = torch.tensor(0.3)
     levels, step = quantize(x, scale, fmt, shift, max_shift=limit, per_token=per_token)
     assert levels.shape == x.shape
-    assert step.shape == ((tokens, 1) if per_token else (1, 1))
+    assert step.shape == (tokens, 1)
     result = multiply(levels, step, w, bias)
     assert result.shape == (tokens, out)
     assert_exact(result, levels, step, w, bias)
@@ -223,10 +224,23 @@ def test_bfloat16_input_is_quantized_as_float32() -> None:
         assert torch.equal(narrow[1], wide[1])
 
 
-def test_not_a_number_becomes_zero_and_infinity_saturates() -> None:
-    x = torch.tensor([[float("nan"), float("inf"), float("-inf"), 1.0]])
-    assert quantize(x, torch.tensor(1.0), parse("e2m1"))[0].tolist() == [[0, 12, -12, 1]]
-    assert quantize(x, torch.tensor(1.0), parse("ue2m2"))[0].tolist() == [[0, 28, 0, 1]]
+@pytest.mark.parametrize("per_token", [False, True])
+def test_not_a_number_reaches_every_output_of_its_row_and_infinity_saturates(per_token: bool) -> None:
+    x = torch.tensor([[float("nan"), 2.0, -1.0, 1.0], [3.0, 2.0, -1.0, 1.0]])
+    w = quantize_tensor(torch.ones(5, 4), torch.ones(5), parse("e2m1"), PerRow())
+    levels, step = quantize(x, torch.tensor(1.0), parse("e2m1"), per_token=per_token)
+    out = multiply(levels, step, w, None)
+    assert bool(out[0].isnan().all())
+    assert bool(out[1].isfinite().all())
+    x[0, 0] = float("inf")
+    x[0, 2] = float("-inf")
+    assert quantize(x, torch.tensor(1.0), parse("e2m1"))[0].tolist() == [[12, 2, -12, 1], [3, 2, -1, 1]]
+    assert quantize(x, torch.tensor(1.0), parse("ue2m2"))[0].tolist() == [[28, 2, 0, 1], [3, 2, 0, 1]]
+
+
+def test_shifts_beyond_two_limbs_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"beyond the 16383 of two int8 limbs"):
+        quantize(torch.ones(1, 2), torch.tensor(1.0), parse("e3m0"), torch.zeros(2, dtype=torch.uint8), max_shift=8)
 
 
 def test_the_arguments_are_left_alone() -> None:

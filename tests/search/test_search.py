@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.numerics import fake_quantize, formats_of_width, parse, scale_of_max
-from llm_fp4.plan import InputSpec
+from llm_fp4.plan import InputSpec, SiteResult
 from llm_fp4.recipe import Recipe, SearchRules
 from llm_fp4.search import search_site
 from llm_fp4.search.compensation import compensate, compensated, damped
@@ -19,7 +19,7 @@ from llm_fp4.search.grids import Log2Grid, PaperGrid, search_formats
 from llm_fp4.search.inputs import InputChoice, OutputError
 from llm_fp4.search.ranking import as_operand
 from llm_fp4.search.refine import fit_scale, refine
-from llm_fp4.search.shift import channel_shift
+from llm_fp4.search.shift import channel_shift, shift_limits
 from llm_fp4.search.sinks import sink_ratio
 from llm_fp4.search.weights import choose_weight, weight_loss
 from llm_fp4.statistics import Gram, SiteStatistics, TokenStore
@@ -309,3 +309,47 @@ def test_a_shared_embedding_serves_the_head_better_than_its_rows_alone() -> None
 
     assert head_error(shared) < head_error(alone)
     assert row_error(alone) < row_error(shared) < 2 * row_error(alone)  # the rows' own error is kept in sight
+
+
+@pytest.mark.parametrize(
+    ("name", "shift_range", "expected"),
+    [
+        ("e1m2", "format", [1]), ("e1m2", "int8", [4]), ("e1m2", "search", [0, 1, 4]), ("e2m1", "format", [3]), ("e2m1", "int8", [3]),
+        ("e2m1", "search", [0, 3]), ("e3m0", "int8", [0]), ("e3m0", "search", [0, 7]), ("e4m3", "int8", [0]), ("e2m1", 2, [2]),
+    ],
+)  # fmt: skip
+def test_shift_limits(name: str, shift_range: str | int, expected: list[int]) -> None:
+    fmt = parse(name)
+    assert shift_limits(fmt, shift_range) == expected  # type: ignore[arg-type]
+    if shift_range == "int8" and fmt.bits == 4:
+        assert fmt.max_level << expected[0] <= 127 < fmt.max_level << (expected[0] + 1)
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_token"])
+def test_a_searched_shift_range_is_the_best_of_all_ranges(site: SiteStatistics, granularity: str) -> None:
+    """The fixture's channels differ by powers of ten: shifts pay, and E1M2 pays most beyond its format's own range."""
+
+    def run(shift_range: str | int, *formats: str) -> SiteResult:
+        rules = {"formats": formats, "granularity": granularity, "shift_range": shift_range}
+        wish = Recipe.model_validate({"inputs": rules, "search": {"rounds": 2}})
+        return search_site("site", weights(), site, {n: wish.rule(n) for n in weights()}, wish)
+
+    errors = {k: run(k, "e1m2").input.error for k in (0, "format", "int8", "search")}  # type: ignore[union-attr]
+    assert errors["int8"] < errors["format"] < errors[0]  # type: ignore[operator]
+    assert errors["search"] == pytest.approx(errors["int8"], rel=1e-6)
+    plan = run("search", "e1m2", "e2m1").input
+    assert plan is not None
+    assert plan.shift is not None
+    assert plan.spec.limbs == 1
+    assert plan.spec.max_shift == int(plan.shift.max()) >= 3
+
+
+def test_a_searched_shift_range_leaves_even_channels_alone(tmp_path: Path) -> None:
+    store = TokenStore(tmp_path / "even", 48)
+    store.append(torch.randn(300, 48, generator=torch.Generator().manual_seed(5)).clamp(-2, 2))
+    statistics = SiteStatistics("site", store, torch.device("cpu"))
+    wish = Recipe.model_validate({"inputs": {"formats": ["e2m1"], "shift_range": "search"}, "search": {"rounds": 1}})
+    result = search_site("site", weights(), statistics, {n: wish.rule(n) for n in weights()}, wish)
+    assert result.input is not None
+    assert result.input.spec.max_shift == 0
+    assert result.input.shift is None

@@ -1,6 +1,8 @@
-"""The library's calls: quantize a model on disk or in memory, load a checkpoint, measure it, look into it."""
+"""The library's calls: quantize a model on disk or in memory, load a checkpoint, measure its quality and speed, look into it."""
 
 from llm_fp4.api.activations import SiteActivations, activation_statistics
+from llm_fp4.api.benchmarking import Benchmark, Machine, Speed, benchmark
+from llm_fp4.api.estimating import Estimate, estimate
 from llm_fp4.api.evaluating import answer_questions, evaluate
 from llm_fp4.api.exporting import Exported, export, hold
 from llm_fp4.api.figures import draw_activations
@@ -10,6 +12,28 @@ from llm_fp4.api.loading import Loaded, load, load_any
 from llm_fp4.api.quantization import quantize, quantize_module
 
 __all__ = [
-    "Exported", "Inspection", "LayerReport", "Loaded", "SiteActivations", "activation_statistics", "answer_questions", "draw_activations",
-    "evaluate", "export", "generate_text", "hold", "inspect_model", "load", "load_any", "quantize", "quantize_module",
+    "AttentionReport",
+    "Benchmark",
+    "Estimate",
+    "Exported",
+    "Inspection",
+    "LayerReport",
+    "Loaded",
+    "Machine",
+    "SiteActivations",
+    "Speed",
+    "activation_statistics",
+    "answer_questions",
+    "benchmark",
+    "draw_activations",
+    "estimate",
+    "evaluate",
+    "export",
+    "generate_text",
+    "hold",
+    "inspect_model",
+    "load",
+    "load_any",
+    "quantize",
+    "quantize_module",
 ]  # fmt: skip

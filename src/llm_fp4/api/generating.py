@@ -10,6 +10,7 @@ import torch
 
 from llm_fp4.api.loading import Loaded, load_any
 from llm_fp4.errors import CalibrationError, UnsupportedError
+from llm_fp4.integrations.decoder import Decoder
 from llm_fp4.progress import Progress, silent
 
 
@@ -33,22 +34,62 @@ def generate_text(
             f"{loaded.origin} is a {type(loaded.model).__name__}, which does not generate text; use a causal language model"
         )
     inputs = _prompt_tokens(loaded, prompt, chat)
+    device_ = next(iter([*loaded.model.parameters(), *loaded.model.buffers()])).device
+    streamer = None if on_text is None else _streamer(loaded.tokenizer, on_text)
+    decoder = _decoder(loaded, inputs.shape[1] + max_new_tokens)
+    with torch.random.fork_rng(devices=[device_] if device_.type == "cuda" else []):
+        torch.manual_seed(seed)
+        if decoder is not None:
+            written = _continue(decoder, inputs[0], max_new_tokens, temperature, streamer)
+        else:
+            written = _generate(loaded.model, inputs.to(device_), max_new_tokens, temperature, streamer)
+    text: str = loaded.tokenizer.decode(written, skip_special_tokens=True)
+    return text
+
+
+def _decoder(loaded: Loaded, capacity: int) -> Decoder | None:
+    """Return the model's compiled decoder, or None where transformers must run it."""
+    if not loaded.quantized:
+        return None
+    try:
+        return Decoder(loaded.model, capacity)
+    except UnsupportedError:
+        return None
+
+
+def _continue(decoder: Decoder, prompt: torch.Tensor, count: int, temperature: float, streamer: Any) -> list[int]:
+    """Return up to ``count`` tokens after the (tokens,) ``prompt``, up to the model's end token."""
+    ends = decoder.model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    written: list[int] = []
+    if streamer is not None:
+        streamer.put(prompt[None])
+    logits = decoder.prompt(prompt)
+    while True:
+        token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1)) if temperature > 0 else int(logits.argmax())
+        written.append(token)
+        if streamer is not None:
+            streamer.put(torch.tensor([token]))
+        if len(written) == count or token in ends:
+            break
+        logits = decoder.step(token)
+    if streamer is not None:
+        streamer.end()
+    return written
+
+
+def _generate(model: Any, inputs: torch.Tensor, count: int, temperature: float, streamer: Any) -> list[int]:
+    """Return what transformers' own loop writes after the (1, tokens) ``inputs``."""
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
     )
-    own = loaded.model.generation_config
+    own = model.generation_config
     config = type(own)(  # the model's own sampling defaults would contradict what is asked for here
-        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id or 0,
-        max_new_tokens=max_new_tokens, **sampling,
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id or 0, max_new_tokens=count, **sampling,
     )  # fmt: skip
-    device_ = next(iter([*loaded.model.parameters(), *loaded.model.buffers()])).device
-    inputs = inputs.to(device_)
-    streamer = None if on_text is None else _streamer(loaded.tokenizer, on_text)
-    with torch.random.fork_rng(devices=[device_] if device_.type == "cuda" else []):
-        torch.manual_seed(seed)
-        tokens = loaded.model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer)
-    text: str = loaded.tokenizer.decode(tokens[0, inputs.shape[1] :], skip_special_tokens=True)
-    return text
+    tokens = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer)
+    written: list[int] = tokens[0, inputs.shape[1] :].tolist()
+    return written
 
 
 def _prompt_tokens(loaded: Loaded, prompt: str, chat: bool) -> torch.Tensor:

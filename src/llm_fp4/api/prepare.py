@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
         UnsupportedError: no blocks, several stacks, or nothing selected. RecipeError: a pattern that matches nothing.
     """
     structure = find_structure(model)
+    if recipe.transforms.rotation != "none":  # the head takes over the last norm's gain, the embedding does not
+        structure = replace(structure, tied={})
     stacks = find_stacks(model)
     if not structure.blocks:
         raise UnsupportedError(

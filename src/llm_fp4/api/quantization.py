@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from llm_fp4.api.calibrate import calibration_tokens
 from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, token_batches
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
-from llm_fp4.errors import CalibrationError, OutputError
+from llm_fp4.errors import CalibrationError, OutputError, UnsupportedError
 from llm_fp4.models import FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
-from llm_fp4.nn import QuantEmbedding
+from llm_fp4.nn import QuantEmbedding, share_inputs
 from llm_fp4.pipeline import Job, shared_heads
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
@@ -118,6 +118,8 @@ def quantize_module(
         CalibrationError: there is no batch. UnsupportedError: no repeated blocks, or no linear the recipe selects.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if recipe.transforms.rotation != "none":
+        raise UnsupportedError("transforms.rotation is not implemented for a model in memory; quantize it from its directory")
     structure = checked_structure(model, recipe)
     prepared = [as_batch(model, b) for b in batches]
     if not prepared:
@@ -142,6 +144,7 @@ def quantize_module(
     for name in structure.embeddings:
         if isinstance(table := model.get_submodule(name), QuantEmbedding):
             table._dtype = table._dtype.to(dtypes[f"{name}.weight"])
+    share_inputs(model)
     return model
 
 
@@ -182,6 +185,8 @@ def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:
     """Return config.json of the checkpoint, without ``quantization_config``."""
     config: dict[str, Any] = model.config.to_dict()
     config["architectures"] = [type(model).__name__]
+    if recipe.transforms.rotation != "none":
+        config["tie_word_embeddings"] = False
     shared = shared_heads(structure, recipe)
     for head, embedding in structure.tied.items():
         packed_head = recipe.selects(head) and recipe.rule(head, head=True).weight_formats

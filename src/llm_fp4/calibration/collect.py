@@ -62,7 +62,10 @@ def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def collect(linears: Linears, runs: Iterable[tuple[Callable[[], object], Tensor | None]], folder: Path) -> dict[str, TokenStore]:
+def collect(
+    linears: Linears, runs: Iterable[tuple[Callable[[], object], Tensor | None]], folder: Path,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, TokenStore]:  # fmt: skip
     """Return the rows every one of ``linears`` reads over all ``runs``, stored in ``folder``.
 
     A run is cut short once each of ``linears`` has read its input: what comes after is not needed.
@@ -70,6 +73,7 @@ def collect(linears: Linears, runs: Iterable[tuple[Callable[[], object], Tensor 
     Args:
         linears: one for each site, by name.
         runs: for each batch a function that runs the module, and the batch's (batch, tokens) mask or None.
+        transform: of rows before they are stored.
     """
     stores: dict[str, TokenStore] = {}
     mask: Tensor | None = None
@@ -79,7 +83,8 @@ def collect(linears: Linears, runs: Iterable[tuple[Callable[[], object], Tensor 
         def keep(name: str, x: Tensor) -> None:
             if name not in stores:
                 stores[name] = TokenStore(folder / f"{len(stores)}.rows", x.shape[-1])
-            stores[name].append(token_rows(x.detach(), mask))
+            rows = token_rows(x.detach(), mask)
+            stores[name].append(rows if transform is None else transform(rows))
             waiting.discard(name)
             if not waiting:
                 raise _Enough

@@ -144,7 +144,7 @@ def manifest_of_plans(plans: list[dict[str, Any]], shapes: dict[str, tuple[int, 
             site = inputs.get(name)
             spec = None
             if site is not None:
-                known = {"format", "granularity", "max_shift", "smooth"}
+                known = {"format", "granularity", "max_shift", "smooth", "transform"}
                 spec = InputSpec.from_json({k: v for k, v in site.items() if k in known})
             blocks = parse_granularity(weight["granularity"]) if "granularity" in weight else None
             assert blocks is None or isinstance(blocks, PerBlock)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from llm_fp4 import __version__
+from llm_fp4.cli.bench import bench
 from llm_fp4.cli.evaluate import evaluate
 from llm_fp4.cli.export import export
 from llm_fp4.cli.failures import Commands, report
@@ -51,6 +52,7 @@ app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("bench")(bench)
 app.command("export")(export)
 app.command("recipes")(recipes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from llm_fp4.cli import options
 from llm_fp4.cli.failures import Interrupted
 from llm_fp4.cli.render import print_facts, print_json, size
 from llm_fp4.cli.working import working
+from llm_fp4.recipe import Recipe
 
 
 class Propagation(StrEnum):
@@ -44,6 +46,9 @@ def quantize(
     ] = None,
     seed: options.Seed = None,
     device: options.Device = "cpu",
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Print the size, memory and time this would take, and write nothing.")
+    ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -63,6 +68,9 @@ def quantize(
     )  # fmt: skip
     import llm_fp4
 
+    if plan_only:
+        _plan(source, wish, device, as_json)
+        return
     began = time.monotonic()
     try:
         with working(quiet) as progress:
@@ -87,6 +95,22 @@ def quantize(
         ("on disk", size(found.bytes) + ratio), ("seconds", f"{seconds:.1f}"),
         ("layers", f"{len(packed)} quantized, {len(found.layers) - len(packed)} left in float"),
         ("weight formats", _counts(weights)), ("input formats", _counts(inputs)),
+    ])  # fmt: skip
+
+
+def _plan(source: str, wish: Recipe, device: str, as_json: bool) -> None:
+    """Print what a run would cost."""
+    from llm_fp4.api import estimate
+
+    cost = estimate(source, wish, device=device)
+    if as_json:
+        print_json(asdict(cost))
+        return
+    print_facts([
+        ("recipe", f"{wish.name} {wish.bits}"), ("float model", size(cost.float_bytes)),
+        ("on disk", f"{size(cost.bytes)} ({cost.float_bytes / cost.bytes:.2f} times smaller)"),
+        ("memory", f"about {size(cost.memory)} beside the program"),
+        ("work", f"about {cost.passes:.0f} forward passes over the calibration tokens"), ("minutes", f"about {cost.seconds / 60:.1f}"),
     ])  # fmt: skip
 
 

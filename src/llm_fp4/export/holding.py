@@ -66,6 +66,11 @@ def hold_weights(
             f"{target} cannot hold the input factors of {some(smooth)}, and without them the weights are wrong; "
             "export a recipe other than smoothquant"
         )
+    if mixed := [n for n, e in manifest.items() if e.input is not None and e.input.transform]:
+        raise UnsupportedError(
+            f"{target} cannot hold the {manifest[mixed[0]].input.transform} transform of the inputs of {some(mixed)}, and without it "  # type: ignore[union-attr]
+            "the weights are wrong; export a recipe without online transforms"
+        )
     holding = Holding(target, {n: held for n, held in found.items() if held is not None})
     if inputs := [n for n, e in manifest.items() if e.input is not None and not holds_input(e, e.input)]:
         shifts = sum(bool(manifest[n].input.max_shift) for n in inputs)  # type: ignore[union-attr]

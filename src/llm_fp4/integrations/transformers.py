@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llm_fp4.checkpoint import METHOD, Manifest, read_manifest
-from llm_fp4.nn import PackedModule, borrow_weight, replace_module, share_weight
+from llm_fp4.nn import PackedModule, borrow_weight, replace_module, share_inputs, share_weight
 
 
 @register_quantization_config(METHOD)
@@ -51,6 +51,7 @@ class LlmFp4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         share(model, self._manifest())
+        share_inputs(model)
         return model
 
 

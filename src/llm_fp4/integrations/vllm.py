@@ -151,6 +151,10 @@ class LlmFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
         if spec is None:
             return
+        if columns < input_size and spec.transform is not None:
+            raise UnsupportedError(
+                f"{self.prefix} cannot be split: its input passes a transform of all channels; serve it on one GPU"
+            )
         add("input_scale", InputParameter, torch.zeros(parts, 1))
         if any(e.input is not None and e.input.max_shift for e in entries):
             add("input_shift", InputParameter, torch.zeros(parts, columns, dtype=torch.uint8))

@@ -17,25 +17,25 @@ _FEW_BYTES = 1 << 15  # of codes times rows: less is done sooner by one thread t
 
 
 @cache
-def _max_level(exponent_bits: int, mantissa_bits: int, signed: bool) -> int:
+def max_level(exponent_bits: int, mantissa_bits: int, signed: bool) -> int:
     return FloatFormat(exponent_bits, mantissa_bits, signed).max_level
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _ready(tensor: Tensor | None, dtype: torch.dtype, count: int) -> bool:
+def ready(tensor: Tensor | None, dtype: torch.dtype, count: int) -> bool:
     """Return whether ``tensor`` is absent or can be read in place: that type, that many elements, dense."""
     return tensor is None or (tensor.dtype == dtype and tensor.numel() == count and tensor.is_contiguous() and tensor.is_cpu)
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
     if status != 0:
         raise MemoryError("the CPU kernels found no working memory; pass fewer tokens at a time")
 
 
-def _threads(work: int) -> int:
+def threads(work: int) -> int:
     return 1 if work <= _FEW_BYTES else torch.get_num_threads()
 
 
@@ -46,21 +46,21 @@ def quantize_input(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what :func:`llm_fp4.kernels.ops.quantize_input` does, bit for bit."""
     library = selected()
-    top = _max_level(exponent_bits, mantissa_bits, signed) << max_shift
+    top = max_level(exponent_bits, mantissa_bits, signed) << max_shift
     covered = (
-        top <= TWO_LIMBS and _ready(scale, torch.float32, 1)
-        and _ready(shift, torch.uint8, x.shape[1]) and _ready(smooth, torch.float32, x.shape[1])
+        top <= TWO_LIMBS and ready(scale, torch.float32, 1)
+        and ready(shift, torch.uint8, x.shape[1]) and ready(smooth, torch.float32, x.shape[1])
     )  # fmt: skip
     if library is None or not covered:
-        return ops.quantize_input._init_fn(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token)  # type: ignore[no-any-return]
+        return ops.quantize_input_reference(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token)
     tokens, width = x.shape
     x = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
     levels = torch.empty((tokens, width), dtype=torch.int8 if top <= LIMB else torch.int16)
-    step = torch.empty((tokens if per_token else 1, 1), dtype=torch.float32)
-    _check(
+    step = torch.empty((tokens, 1), dtype=torch.float32)
+    check(
         library.llm_fp4_quantize_input(
-            x.data_ptr(), x.dtype == torch.bfloat16, tokens, width, scale.data_ptr(), _address(shift), _address(smooth),
-            exponent_bits, mantissa_bits, signed, max_shift, per_token, levels.data_ptr(), step.data_ptr(), _threads(x.numel()),
+            x.data_ptr(), x.dtype == torch.bfloat16, tokens, width, scale.data_ptr(), address(shift), address(smooth),
+            exponent_bits, mantissa_bits, signed, max_shift, per_token, levels.data_ptr(), step.data_ptr(), threads(x.numel()),
         )
     )  # fmt: skip
     return levels, step
@@ -78,19 +78,19 @@ def int_linear(
     out = len(weight_packed)
     covered = (
         (bits == 4 or (bits == 8 and exponent_bits == 1))
-        and step.numel() in (1, tokens) and _ready(step, torch.float32, step.numel())
-        and _ready(weight_packed, torch.uint8, out * packed_width(width, bits))
-        and _ready(weight_scale, torch.float32, out) and _ready(bias, torch.float32, out)
+        and step.numel() in (1, tokens) and ready(step, torch.float32, step.numel())
+        and ready(weight_packed, torch.uint8, out * packed_width(width, bits))
+        and ready(weight_scale, torch.float32, out) and ready(bias, torch.float32, out)
     )  # fmt: skip
     if library is None or not covered:
-        return ops.int_linear._init_fn(levels, step, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)  # type: ignore[no-any-return]
+        return ops.int_linear_reference(levels, step, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)
     levels = levels.contiguous()
     y = torch.empty((tokens, out), dtype=torch.float32)
-    _check(
+    check(
         library.llm_fp4_int_linear(
             levels.data_ptr(), levels.dtype == torch.int16, tokens, width, step.data_ptr(), int(step.numel() != 1),
-            weight_packed.data_ptr(), out, weight_scale.data_ptr(), _address(bias), exponent_bits, mantissa_bits,
-            y.data_ptr(), _threads(tokens * weight_packed.numel()),
+            weight_packed.data_ptr(), out, weight_scale.data_ptr(), address(bias), exponent_bits, mantissa_bits,
+            y.data_ptr(), threads(tokens * weight_packed.numel()),
         )
     )  # fmt: skip
     return y
@@ -106,17 +106,17 @@ def float_linear(
     tokens, width = x.shape
     out = len(weight_packed)
     covered = (
-        bits == 4 and _ready(weight_packed, torch.uint8, out * packed_width(width, bits))
-        and _ready(weight_scale, torch.float32, out) and _ready(bias, torch.float32, out)
+        bits == 4 and ready(weight_packed, torch.uint8, out * packed_width(width, bits))
+        and ready(weight_scale, torch.float32, out) and ready(bias, torch.float32, out)
     )  # fmt: skip
     if library is None or not covered:
-        return ops.float_linear._init_fn(x, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)  # type: ignore[no-any-return]
+        return ops.float_linear_reference(x, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)
     x = x.float().contiguous()
     y = torch.empty((tokens, out), dtype=torch.float32)
-    _check(
+    check(
         library.llm_fp4_float_linear(
-            x.data_ptr(), tokens, width, weight_packed.data_ptr(), out, weight_scale.data_ptr(), _address(bias),
-            exponent_bits, mantissa_bits, y.data_ptr(), _threads(tokens * weight_packed.numel()),
+            x.data_ptr(), tokens, width, weight_packed.data_ptr(), out, weight_scale.data_ptr(), address(bias),
+            exponent_bits, mantissa_bits, y.data_ptr(), threads(tokens * weight_packed.numel()),
         )
     )  # fmt: skip
     return y

@@ -6,12 +6,12 @@ import ctypes
 import importlib.util
 import logging
 import os
-from ctypes import c_char_p, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import lru_cache
 
 from llm_fp4.errors import UnsupportedError
 
-_VERSION = 1  # of the argument lists below; csrc/binding.cpp has the same number
+_VERSION = 2  # of the argument lists below; csrc/binding.cpp has the same number
 _VARIABLE = "LLM_FP4_KERNEL"
 _TORCH = "torch"  # the name that leaves everything to the reference bodies
 
@@ -20,6 +20,16 @@ _ARGUMENTS: dict[str, list[type]] = {
         c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
         c_int, c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_int,
     ],
+    "llm_fp4_norm_quantize_input": [
+        c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_double, c_int, c_void_p, c_void_p, c_void_p,
+        c_int, c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_int,
+    ],
+    "llm_fp4_quantized_linear": [
+        c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_int,
+        c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int,
+    ],
+    "llm_fp4_site_linear": [c_void_p, c_void_p, c_void_p, c_void_p, c_int],
+    "llm_fp4_run_blocks": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int],
     "llm_fp4_int_linear": [
         c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int,
     ],

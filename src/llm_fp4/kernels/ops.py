@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_fp4.errors import UnsupportedError
 from llm_fp4.numerics import FloatFormat, decode, round_to_level, unpack
 from llm_fp4.plan import LIMB, TWO_LIMBS
 
@@ -36,8 +37,16 @@ def token_scale(x: Tensor, ratio: Tensor, shift: Tensor | None, smooth: Tensor |
     return torch.where(top == 0, torch.ones_like(step), step)
 
 
-@torch.library.custom_op("llm_fp4::quantize_input", mutates_args=())
-def quantize_input(
+def check_limbs(fmt: FloatFormat, max_shift: int) -> None:
+    """Raise UnsupportedError where two int8 limbs do not hold the shifted levels."""
+    if fmt.max_level << max_shift > TWO_LIMBS:
+        raise UnsupportedError(
+            f"{fmt} inputs with shifts up to {max_shift} reach {fmt.max_level << max_shift}, beyond the {TWO_LIMBS} of two int8 limbs; "
+            "run them in float or lower max_shift"
+        )
+
+
+def quantize_input_reference(
     x: Tensor, scale: Tensor, shift: Tensor | None, smooth: Tensor | None,
     exponent_bits: int, mantissa_bits: int, signed: bool, max_shift: int, per_token: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -49,23 +58,31 @@ def quantize_input(
         shift: (in,) uint8 up to ``max_shift``, or None. smooth: (in,) float32, or None.
     Returns:
         levels: (tokens, in) ``level * 2**(max_shift - shift)``: int8 where it fits, else int16. NaN gives 0.
-        step: (1, 1) or (tokens, 1) float32, ``scale * 2**-max_shift``.
+        step: (tokens, 1) float32, ``scale * 2**-max_shift``; NaN in rows that hold one, which so reaches all their outputs.
+    Raises:
+        UnsupportedError: two int8 limbs do not hold the levels.
     """
     fmt = FloatFormat(exponent_bits, mantissa_bits, signed)
+    check_limbs(fmt, max_shift)
     x = x.float().contiguous()
     step = token_scale(x, scale, shift, smooth, fmt.max_level) if per_token else scale.reshape(1, 1)
-    level = round_to_level(x * _multiplier(step, shift, smooth), fmt).nan_to_num_(nan=0.0)
+    level = round_to_level(x * _multiplier(step, shift, smooth), fmt)
+    numbers = ~level.isnan().any(-1, keepdim=True)
+    level.nan_to_num_(nan=0.0)
     if shift is not None:
         level.mul_(torch.exp2(max_shift - shift.float()))
     dtype = torch.int8 if fmt.max_level << max_shift <= LIMB else torch.int16
-    return level.to(dtype), step * 2.0**-max_shift
+    return level.to(dtype), torch.where(numbers, step * 2.0**-max_shift, torch.nan)
+
+
+quantize_input = torch.library.custom_op("llm_fp4::quantize_input", quantize_input_reference, mutates_args=())
 
 
 @quantize_input.register_fake
 def _(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token):  # type: ignore[no-untyped-def]
     top = FloatFormat(exponent_bits, mantissa_bits, signed).max_level << max_shift
     levels = torch.empty_like(x, dtype=torch.int8 if top <= LIMB else torch.int16, memory_format=torch.contiguous_format)
-    return levels, x.new_empty((x.shape[0] if per_token else 1, 1), dtype=torch.float32)
+    return levels, x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
 def _int8_product(a: Tensor, b: Tensor) -> Tensor:
@@ -94,8 +111,7 @@ def accumulate(levels: Tensor, weight_levels: Tensor) -> Tensor:
     return _int8_product(high, weight_levels).long() * 128 + _int8_product(low, weight_levels)
 
 
-@torch.library.custom_op("llm_fp4::int_linear", mutates_args=())
-def int_linear(
+def int_linear_reference(
     levels: Tensor, step: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None,
     exponent_bits: int, mantissa_bits: int,
 ) -> Tensor:  # fmt: skip
@@ -112,13 +128,15 @@ def int_linear(
     return out if bias is None else out.add_(bias)
 
 
+int_linear = torch.library.custom_op("llm_fp4::int_linear", int_linear_reference, mutates_args=())
+
+
 @int_linear.register_fake
 def _(levels, step, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits):  # type: ignore[no-untyped-def]
     return levels.new_empty((levels.shape[0], weight_packed.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("llm_fp4::float_linear", mutates_args=())
-def float_linear(
+def float_linear_reference(
     x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, exponent_bits: int, mantissa_bits: int
 ) -> Tensor:
     """Return the (tokens, out) float32 of a float input and packed weights, decoded for this call only.
@@ -130,6 +148,9 @@ def float_linear(
     weight = decode(unpack(weight_packed, fmt.bits, x.shape[1]), fmt)
     out = (x.float() @ weight.t()).mul_(weight_scale)
     return out if bias is None else out.add_(bias)
+
+
+float_linear = torch.library.custom_op("llm_fp4::float_linear", float_linear_reference, mutates_args=())
 
 
 @float_linear.register_fake

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.kernels import block_linear, float_linear, int_linear, integer_product, quantize_input
+from llm_fp4.kernels import block_linear, float_linear, hadamard, int_linear, integer_product, quantize_input, quantized_linear
 from llm_fp4.kernels.simulate import fake_quantize_input
+from llm_fp4.nn.shared import InputSite
 from llm_fp4.numerics import FloatFormat, PerBlock, PerRow, QuantizedTensor, packed_width, scale_bytes
 from llm_fp4.plan import InputPlan, InputSpec
+
+_FEW_ROWS = 8  # up to so many, rounding anew costs less than one more operation
 
 
 class PackedModule(nn.Module):
@@ -66,6 +69,7 @@ class QuantLinear(PackedModule):
     input_scale: Tensor
     input_shift: Tensor | None
     input_smooth: Tensor | None
+    site: InputSite | None = None  # shared with the linears that read the same input
 
     def __init__(
         self, in_features: int, out_features: int, weight_format: FloatFormat, spec: InputSpec | None, bias: bool, device: Any = None,
@@ -110,15 +114,12 @@ class QuantLinear(PackedModule):
         weight = (self.weight_packed, self.weight_scale)
         bias = None if self.bias is None else self.bias.float()
         if spec is not None and self.exact:
-            f = spec.format
-            levels, step = quantize_input(
-                rows, self.input_scale, self.input_shift, self.input_smooth,
-                f.exponent_bits, f.mantissa_bits, f.signed, spec.max_shift, spec.granularity == "per_token",
-            )  # fmt: skip
-            out = int_linear(levels, step, *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
+            out = self._integer_product(x, rows, spec, bias)
         else:
             if spec is not None:
-                rows = fake_quantize_input(rows, spec, self.input_scale, self.input_shift, self.input_smooth)
+                rows = fake_quantize_input(
+                    self._transformed(rows, spec), spec, self.input_scale, self.input_shift, self.input_smooth
+                )
             if self.blocks is None:
                 out = float_linear(rows.float(), *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
             else:
@@ -128,6 +129,30 @@ class QuantLinear(PackedModule):
                 )  # fmt: skip
         result: Tensor = out.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return result
+
+    def _transformed(self, rows: Tensor, spec: InputSpec) -> Tensor:
+        if spec.transform is None:
+            return rows
+        mixed: Tensor = hadamard(rows)
+        return mixed
+
+    def _integer_product(self, x: Tensor, rows: Tensor, spec: InputSpec, bias: Tensor | None) -> Tensor:
+        f, w = spec.format, self.weight_format
+        rounding = (
+            self.input_scale, self.input_shift, self.input_smooth,
+            f.exponent_bits, f.mantissa_bits, f.signed, spec.max_shift, spec.granularity == "per_token",
+        )  # fmt: skip
+        weight = (self.weight_packed, self.weight_scale, bias, w.exponent_bits, w.mantissa_bits)
+        out: Tensor
+        if self.site is None or len(rows) <= _FEW_ROWS:
+            out = quantized_linear(self._transformed(rows, spec), *rounding, *weight)
+        else:
+            out = int_linear(*self.site.levels(x, lambda: quantize_input(self._transformed(rows, spec), *rounding)), *weight)
+        return out
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.site = None  # other numbers may follow than those that were alike
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         spec = f"{self.spec.format}, {self.spec.granularity}, shift<={self.spec.max_shift}" if self.spec else "float"

@@ -1,12 +1,14 @@
-"""Exchanging float modules of a model for empty quantized ones, and sharing packed weights."""
+"""Exchanging float modules of a model for empty quantized ones, and sharing packed weights and rounded inputs."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from llm_fp4.errors import CheckpointError
 from llm_fp4.nn.embedding import QuantEmbedding
 from llm_fp4.nn.linear import PackedModule, QuantLinear
+from llm_fp4.nn.shared import InputSite
 from llm_fp4.numerics import FloatFormat, PerBlock
 from llm_fp4.plan import InputSpec
 
@@ -54,3 +56,26 @@ def borrow_weight(head: PackedModule) -> None:
 def share_weight(head: PackedModule, owner: PackedModule) -> None:
     """Let ``head`` read the packed weight of ``owner``."""
     head.weight_packed, head.weight_scale = owner.weight_packed, owner.weight_scale
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let the quantized linears of each module that were given one input site's rounding share its result.
+
+    Those are siblings with the same description and bit for bit the same scale, shift and factors. Nothing changes in the
+    state dict, and a sibling that reads another tensor rounds it for itself.
+    """
+    for parent in model.modules():
+        found: list[tuple[QuantLinear, InputSite]] = []
+        for child in parent.children():
+            if not isinstance(child, QuantLinear) or child.spec is None or child.input_scale.is_meta:
+                continue
+            site = next((s for other, s in found if _alike(child, other)), None) or InputSite()
+            found.append((child, site))
+        for child, site in found:
+            child.site = site if sum(s is site for _, s in found) > 1 else None
+
+
+def _alike(a: QuantLinear, b: QuantLinear) -> bool:
+    names = ("input_scale", "input_shift", "input_smooth")
+    pairs = [(getattr(a, n), getattr(b, n)) for n in names]
+    return a.spec == b.spec and all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)

@@ -17,6 +17,7 @@ from llm_fp4.errors import UnsupportedError
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, set_module, weight_shapes
 from llm_fp4.nn import QuantEmbedding
 from llm_fp4.numerics import PerRow, quantize_tensor, require_finite
+from llm_fp4.pipeline.rotating import rotated
 from llm_fp4.pipeline.sites import Decided, Linears, decide_site, replace_site, split_sites
 from llm_fp4.pipeline.tied import Runs, float_head_gram, shared_heads, stored_embedding
 from llm_fp4.plan import FixedWeight
@@ -65,6 +66,7 @@ class Job:
     def run(self) -> None:
         """Quantize everything the recipe selects; every finished unit is in the store at once."""
         units = self.store.units
+        self._rotate()
         self.progress("quantize", self.store.done, units)
         for unit in range(self.store.done, units):
             if unit == 0:
@@ -163,6 +165,16 @@ class Job:
         shared |= {f"{h}.weight" for h, e in self.structure.tied.items() if e not in self._quantized_embeddings()}
         tensors = {n: t for n, t in tensors.items() if n not in shared and not n.startswith(tuple(f"{m}." for m in apart))}
         self.store.finish(unit, tensors, plans)
+
+    def _rotate(self) -> None:
+        """Let weights come rotated from now on, where the recipe says so; the head's are its own then."""
+        rules = self.recipe.transforms
+        if rules.rotation == "none" or self.store.done == self.store.units:
+            return
+        source = rotated(self.model, self.structure, self.source, self.runner, self.batches[0], self.device, self.recipe.seed)
+        self.source = source
+        if rules.online:
+            self.recipe = self.recipe.with_transformed(source.hidden)
 
     # --- helpers ------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llm_fp4.calibration import collect
 from llm_fp4.errors import RecipeError, UnsupportedError
+from llm_fp4.kernels import hadamard
 from llm_fp4.models import set_module
 from llm_fp4.nn import QuantLinear
 from llm_fp4.numerics import quantize_tensor, require_finite
@@ -49,7 +50,7 @@ def split_sites(groups: list[list[str]], selected: Linears, recipe: Recipe, head
 
 @dataclass
 class Decided:
-    """The float weights of a site's operands, their modules, and what the search decided."""
+    """The float weights of a site's operands (transformed as its input is), their modules, and what the search decided."""
 
     weights: dict[str, Tensor]
     modules: Linears
@@ -70,10 +71,15 @@ def decide_site(
     for n, w in weights.items():
         require_finite(w, f"the weight of {n}")
     rules = {n: recipe.rule(n, head=head) for n in group}
-    stores = collect({name: selected[name]}, runs, folder)
+    transform = hadamard if rules[name].transform and rules[name].input_formats else None
+    if transform is not None:
+        weights = {n: hadamard(w) for n, w in weights.items()}
+    stores = collect({name: selected[name]}, runs, folder, transform)
     statistics = SiteStatistics(name, stores[name], device, recipe.seed ^ zlib.crc32(name.encode()))
     result = search_site(name, weights, statistics, rules, recipe, fixed)
     stores[name].delete()
+    if transform is not None and result.input is not None:
+        result.input.spec = replace(result.input.spec, transform="hadamard")
     plans["weights"] |= {n: {"kind": "linear", **p.to_json()} for n, p in result.weights.items()}
     if result.input is not None:
         plans["inputs"][name] = result.input.to_json()

@@ -2,21 +2,21 @@
 
 from llm_fp4.recipe.files import dump_recipe, load_recipe
 from llm_fp4.recipe.presets import PRESETS, SUMMARIES
-from llm_fp4.recipe.schema import (
+from llm_fp4.recipe.schema import ModuleRule, Recipe, matches
+from llm_fp4.recipe.sections import (
     FLOAT_BITS,
     Bits,
     Calibration,
     InputRules,
-    ModuleRule,
     Override,
-    Recipe,
     SearchRules,
+    ShiftRange,
+    TransformRules,
     WeightRules,
-    matches,
     validated,
 )
 
 __all__ = [
     "FLOAT_BITS", "PRESETS", "SUMMARIES", "Bits", "Calibration", "InputRules", "ModuleRule", "Override", "Recipe", "SearchRules",
-    "WeightRules", "dump_recipe", "load_recipe", "matches", "validated",
+    "ShiftRange", "TransformRules", "WeightRules", "dump_recipe", "load_recipe", "matches", "validated",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 _NVFP4: dict[str, Any] = {"formats": ["e2m1"], "granularity": "per_block", "block_size": 16, "scale_dtype": "e4m3"}
 _MXFP4: dict[str, Any] = {"formats": ["e2m1"], "granularity": "per_block", "block_size": 32, "scale_dtype": "e8m0"}
+_ROTATED: dict[str, Any] = {"rotation": "hadamard", "online": True}
 _OUTER_FLOAT = {"embedding": 16, "lm_head": 16}  # what engines leave in float
 
 
@@ -29,6 +30,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "inputs": {"sinks": "static"},
         "search": {"grid": "paper", "propagation": "parallel"},
     },
+    "fast": {"inputs": {"shift_range": "int8"}, "search": {"rounds": 1, "sample_tokens": 512}},
+    "balanced": {
+        "transforms": _ROTATED,
+        "inputs": {"shift_range": "search"},
+        "search": {"compensation": "gptq", "rounds": 1},
+    },
+    "best": {
+        "bits": {"lm_head": 8},
+        "transforms": _ROTATED,
+        "inputs": {"granularity": "per_token", "shift_range": "search"},
+        "search": {"compensation": "gptq"},
+    },
     "nvfp4": _block_preset(_NVFP4, search={"compensation": "gptq"}),
     "mxfp4": _block_preset(_MXFP4, search={"compensation": "gptq"}),
     "nvfp4-rtn": _block_preset(_NVFP4, method="minmax"),
@@ -42,6 +55,9 @@ SUMMARIES: dict[str, str] = {
     "minmax-int": "symmetric integers (INT4 is -7..7, the grid of E1M2), scales from the largest magnitude",
     "smoothquant": "integers with input range migrated into the weights (alpha 0.5), scales from the largest magnitude",
     "fpq-paper": "as published: the paper's grid of biases, float inputs to every layer, all scales static",
+    "fast": "one round on few tokens, channel shifts up to what int8 holds; any model",
+    "balanced": "rotation, shift ranges searched, error compensation, static scales but at sinks; models like LLaMA",
+    "best": "balanced with a scale per token, three rounds and an 8-bit output head; models like LLaMA",
     "nvfp4": "E2M1 in blocks of 16 (E4M3 scales), weights' scales searched, error compensation; embedding and head in float",
     "mxfp4": "E2M1 in blocks of 32 (E8M0 scales), weights' scales searched, error compensation; embedding and head in float",
     "nvfp4-rtn": "nvfp4 as engines round it: scales from the largest magnitude, nearest levels",

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llm_fp4.numerics import FloatFormat
-from llm_fp4.plan import FixedWeight, InputPlan, SiteResult, WeightPlan
+from llm_fp4.plan import FixedWeight, InputPlan, InputSpec, SiteResult, WeightPlan
 from llm_fp4.recipe import ModuleRule, SearchRules
 from llm_fp4.search.grids import Grid, Log2Grid, PaperGrid
-from llm_fp4.search.inputs import InputChoice, OutputError, choose_input, maximum_choice
+from llm_fp4.search.inputs import InputChoice, OutputError, choose_input, maximum_choices
 from llm_fp4.search.weights import WeightChoice, choose_weight, weight_loss
 from llm_fp4.statistics import Gram, SiteStatistics
 
@@ -42,7 +42,7 @@ def descend(
     total = max(sum(energy.values()), 1e-30)
 
     choice: InputChoice | None = None
-    starts = [maximum_choice(statistics.channel_absmax, f, per_token=per_token, shift=rule.shift) for f in rule.input_formats]
+    starts = maximum_choices(statistics.channel_absmax, rule, per_token=per_token)
     if starts:
         rows, row_weight = statistics.sample(search.sample_tokens)
         stacked = torch.cat(list(weights.values()))
@@ -52,7 +52,7 @@ def descend(
     best: tuple[float, InputChoice | None, dict[str, WeightChoice], dict[str, float]] | None = None
     chosen: dict[str, WeightChoice] = {}
     weight_scales: dict[str, dict[FloatFormat, Tensor]] = {}
-    input_scales: dict[FloatFormat, Tensor] | None = None
+    input_scales: dict[InputSpec, Tensor] | None = None
     for _round in range(search.rounds if starts else 1):
         gram = statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
         if best is not None:  # the last round's input, confirmed on all tokens with the weights it was chosen for

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from llm_fp4.numerics import FloatFormat
+from llm_fp4.plan import InputSpec
 
+Key = TypeVar("Key", FloatFormat, InputSpec)
 Loss = Callable[[Tensor], Tensor]
 """Maps scales of some shape to losses of the same shape; each element is minimised on its own."""
 
@@ -87,23 +89,25 @@ class PaperGrid:
 
 
 def search_formats(
-    losses: dict[FloatFormat, Loss], starts: dict[FloatFormat, Tensor], grid: Grid, current: dict[FloatFormat, Tensor] | None,
-    keep: int = 2,
-) -> dict[FloatFormat, Best]:  # fmt: skip
-    """Return the best scales of every format still in the race.
+    losses: Mapping[Key, Loss], starts: Mapping[Key, Tensor], grid: Grid, current: Mapping[Key, Tensor] | None, keep: int = 2
+) -> dict[Key, Best]:
+    """Return the best scales of every candidate still in the race.
 
     Args:
-        losses, starts: of every candidate format. current: the scales an earlier round kept, or None in the first.
-        keep: how many formats are refined after the sweep, the best ones.
+        losses, starts: of every candidate, a format or an input's spec. current: the scales an earlier round kept, or None in
+            the first.
+        keep: how many candidates are refined after the sweep, the best ones.
     """
     if current is not None and not isinstance(grid, PaperGrid):
-        found = {fmt: Best(losses[fmt], scale) for fmt, scale in current.items()}
+        found = {key: Best(losses[key], scale) for key, scale in current.items()}
     else:
-        found = {fmt: grid.sweep(loss, starts[fmt], fmt) for fmt, loss in losses.items()}
-        for fmt, scale in (current or {}).items():
-            found[fmt].try_scale(scale)
-        ranked = sorted(found, key=lambda fmt: found[fmt].total)[:keep]
-        found = {fmt: best for fmt, best in found.items() if fmt in ranked}
+        found = {
+            key: grid.sweep(loss, starts[key], key.format if isinstance(key, InputSpec) else key) for key, loss in losses.items()
+        }
+        for key, scale in (current or {}).items():
+            found[key].try_scale(scale)
+        ranked = sorted(found, key=lambda key: found[key].total)[:keep]
+        found = {key: best for key, best in found.items() if key in ranked}
     for best in found.values():
         grid.refine(best, current is not None)
     return found

@@ -12,9 +12,10 @@ from torch import Tensor
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.numerics import FloatFormat, scale_of_max
 from llm_fp4.plan import InputSpec
+from llm_fp4.recipe import ModuleRule
 from llm_fp4.search.grids import Grid, Loss, search_formats
 from llm_fp4.search.ranking import as_operand, rank_product
-from llm_fp4.search.shift import channel_shift
+from llm_fp4.search.shift import channel_shift, shift_limits
 
 
 class OutputError:
@@ -64,26 +65,36 @@ class InputChoice:
         return self.scale * 2.0**-self.spec.max_shift if self.spec.granularity == "per_tensor" and self.spec.limbs == 1 else None
 
 
-def maximum_choice(channel_absmax: Tensor, fmt: FloatFormat, *, per_token: bool, shift: bool) -> InputChoice:
-    """Return the choice in which the largest magnitude is the largest value."""
-    k = channel_shift(channel_absmax, fmt, fmt.max_shift) if shift else None
-    max_shift = int(k.max()) if k is not None else 0
-    spec = InputSpec(fmt, "per_token" if per_token else "per_tensor", max_shift)
+def maximum_choice(channel_absmax: Tensor, fmt: FloatFormat, *, per_token: bool, max_shift: int) -> InputChoice:
+    """Return the choice in which the largest magnitude is the largest value, with channel shifts up to ``max_shift``."""
+    k = channel_shift(channel_absmax, fmt, max_shift) if max_shift else None
+    reached = int(k.max()) if k is not None else 0
+    spec = InputSpec(fmt, "per_token" if per_token else "per_tensor", reached)
     scale = torch.ones((), device=channel_absmax.device) if per_token else scale_of_max(channel_absmax.amax(), fmt)
-    return InputChoice(spec, scale, k if max_shift else None, float("inf"))
+    return InputChoice(spec, scale, k if reached else None, float("inf"))
+
+
+def maximum_choices(channel_absmax: Tensor, rule: ModuleRule, *, per_token: bool) -> list[InputChoice]:
+    """Return a choice for every candidate format and shift range of an input, no two of the same spec."""
+    found: dict[InputSpec, InputChoice] = {}
+    for fmt in rule.input_formats:
+        for limit in shift_limits(fmt, rule.shift_range if rule.shift else 0):
+            choice = maximum_choice(channel_absmax, fmt, per_token=per_token, max_shift=limit)
+            found.setdefault(choice.spec, choice)
+    return list(found.values())
 
 
 def choose_input(
-    error: OutputError, starts: Sequence[InputChoice], grid: Grid, current: dict[FloatFormat, Tensor] | None = None
-) -> tuple[InputChoice, dict[FloatFormat, Tensor]]:
-    """Return the best of ``starts`` with its scale searched, and the scale of every format still in the race."""
-    by_format = {start.spec.format: start for start in starts}
+    error: OutputError, starts: Sequence[InputChoice], grid: Grid, current: dict[InputSpec, Tensor] | None = None
+) -> tuple[InputChoice, dict[InputSpec, Tensor]]:
+    """Return the best of ``starts`` with its scale searched, and the scale of every spec still in the race."""
+    by_spec = {start.spec: start for start in starts}
 
     def loss(scale: Tensor, start: InputChoice) -> Tensor:
         return error(fake_quantize_input(error.rows, start.spec, scale, start.shift, None))
 
-    losses: dict[FloatFormat, Loss] = {fmt: partial(loss, start=start) for fmt, start in by_format.items()}
-    found = search_formats(losses, {fmt: start.scale for fmt, start in by_format.items()}, grid, current)
-    fmt = min(found, key=lambda f: found[f].total)
-    best = InputChoice(by_format[fmt].spec, found[fmt].scale, by_format[fmt].shift, found[fmt].total)
-    return best, {f: b.scale for f, b in found.items()}
+    losses: dict[InputSpec, Loss] = {spec: partial(loss, start=start) for spec, start in by_spec.items()}
+    found = search_formats(losses, {spec: start.scale for spec, start in by_spec.items()}, grid, current)
+    spec = min(found, key=lambda s: found[s].total)
+    best = InputChoice(spec, found[spec].scale, by_spec[spec].shift, found[spec].total)
+    return best, {s: b.scale for s, b in found.items()}

@@ -1,0 +1,147 @@
+"""What a quantization run will cost before it starts: bytes of the checkpoint, memory, work and time."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llm_fp4.api.prepare import checked_structure
+from llm_fp4.models import FloatModel, Structure, open_model, weight_shapes
+from llm_fp4.numerics import packed_width
+from llm_fp4.pipeline import shared_heads
+from llm_fp4.recipe import ModuleRule, Recipe, load_recipe
+from llm_fp4.search.shift import shift_limits
+
+# candidates of a scale in the first round and in later ones, of each format in the race (search.grids.Log2Grid)
+_SWEEP, _REFINE, _AGAIN = 7, 6, 8
+_BLOCK_CANDIDATES, _JOINT_SWEEPS = 10, 2  # search.block_scales
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of a run.
+
+    Attributes:
+        bytes: of the checkpoint's tensors; channel shifts are counted wherever the search may choose them.
+        float_bytes: of the float model's. memory: bytes beside the program itself and mapped files.
+        passes: work in forward passes of the float model over all calibration tokens.
+        seconds: of the products, which alone are counted, at the speed of float32 measured now: bfloat16 and int8 units do them
+            faster, rounding and reading come on top. Without calibration text that the model writes itself.
+    """
+
+    bytes: int
+    float_bytes: int
+    memory: int
+    passes: float
+    seconds: float
+
+
+def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, device: str = "cpu") -> Estimate:
+    """Return what quantizing ``source`` by ``recipe`` will cost; no weight is read.
+
+    Raises:
+        SourceError: the model cannot be read. RecipeError, UnsupportedError: the recipe does not fit it.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    opened = source if isinstance(source, FloatModel) else open_model(str(source))
+    structure = checked_structure(opened.model, recipe)
+    shapes = weight_shapes(opened.model, structure)
+    tokens = recipe.calibration.sequences * recipe.calibration.length
+    forward = 2.0 * tokens * sum(math.prod(shapes[n]) for n in (*structure.outer_linears, *_inner(structure)))
+    work = sum(_block_work([(shapes[n], recipe.rule(n)) for n in structure.linears[b] if recipe.selects(n)], recipe, tokens)
+               for b in structure.blocks)  # fmt: skip
+    for name in structure.outer_linears:
+        if recipe.selects(name):
+            work += _block_work([(shapes[name], recipe.rule(name, head=True))], recipe, tokens)
+    # each block runs once to its end, and once to each of its sites, half way on average
+    work += forward * (1 + _sites(structure) / 2 if recipe.search.propagation == "sequential" else 1)
+    return Estimate(
+        _bytes(opened, structure, shapes, recipe), opened.bytes_float, _memory(opened.model, structure, shapes),
+        work / forward, work / _speed(torch.device(device)),
+    )  # fmt: skip
+
+
+def _inner(structure: Structure) -> list[str]:
+    return [n for names in structure.linears.values() for n in names]
+
+
+def _sites(structure: Structure) -> int:
+    """Return how many inputs a block has, taking linears of one parent for readers of one input."""
+    return len({n.rpartition(".")[0] for n in structure.linears[structure.blocks[0]]}) + 2
+
+
+def _block_work(linears: list[tuple[tuple[int, int], ModuleRule]], recipe: Recipe, tokens: int) -> float:
+    """Return the floating-point operations of the search in some linears, products only."""
+    search, work = recipe.search, 0.0
+    for (out, width), rule in linears:
+        if not rule.weight_formats:
+            continue
+        square, product = 2.0 * out * width * width, 2.0 * out * width
+        gram = 2.0 * 3 * tokens * width * width / 2  # one input is read by about two linears
+        if recipe.method in ("minmax", "smoothquant") or not rule.input_formats:
+            work += gram / 3
+        if recipe.method in ("minmax", "smoothquant"):
+            continue
+        if rule.weight_blocks is not None:
+            work += gram + len(rule.weight_formats) * (
+                _BLOCK_CANDIDATES * product * rule.weight_blocks.block_size + _JOINT_SWEEPS * square
+            )
+        else:
+            first, later = len(rule.weight_formats) * _SWEEP + 2 * _REFINE, 2 * _AGAIN * (search.rounds - 1)
+            work += search.rounds * gram + (first + later) * square
+            specs = sum(len(shift_limits(f, rule.shift_range if rule.shift else 0)) for f in rule.input_formats)
+            work += (specs * 2 * _SWEEP + 2 * _REFINE + later) * 2 * product * min(search.sample_tokens, tokens) if specs else 0
+        if search.compensation == "gptq":
+            work += search.starts * (search.sweeps + 1) * 1.5 * square + search.starts * 4.0 * width**3
+    return work
+
+
+def _bytes(opened: FloatModel, structure: Structure, shapes: dict[str, tuple[int, int]], recipe: Recipe) -> int:
+    total, shared = 0, shared_heads(structure, recipe)
+    weights = {f"{n}.weight" for n in shapes}
+    for name, p in opened.model.named_parameters(remove_duplicate=False):
+        total += 0 if name in weights else p.numel() * opened.source.dtype(name).itemsize
+    for name, (rows, columns) in shapes.items():
+        head = name in structure.outer_linears
+        embedding = name in structure.embeddings
+        rule = None if embedding or not recipe.selects(name) else recipe.rule(name, head=head)
+        formats = recipe.embedding_formats() if embedding and recipe.selects(name) else rule.weight_formats if rule else ()
+        if not formats:
+            alone = name not in structure.tied or bool(recipe.selects(structure.tied[name]) and recipe.embedding_formats())
+            total += rows * columns * opened.source.dtype(f"{name}.weight").itemsize if alone else 0
+            continue
+        if name not in shared:
+            blocks = rule.weight_blocks if rule else None
+            scales = (
+                math.prod(blocks.shape(rows, columns)) * blocks.torch_dtype.itemsize + 4 * blocks.two_level if blocks else 4 * rows
+            )
+            total += rows * packed_width(columns, formats[0].bits) + scales
+        if rule and rule.input_formats:
+            total += 4 + (columns if rule.shift else 0)
+    return total
+
+
+def _memory(model: nn.Module, structure: Structure, shapes: dict[str, tuple[int, int]]) -> int:
+    """Return the float32 bytes of the larger of a block and what lies outside, and of the search in its largest site."""
+    inside = sum(p.numel() for p in model.get_submodule(structure.blocks[0]).parameters())
+    outside = sum(math.prod(shapes[n]) for n in (*structure.embeddings, *structure.outer_linears) if n not in structure.tied)
+    search = max(
+        4 * columns**2 + 4 * rows * columns for rows, columns in (shapes[n] for n in structure.linears[structure.blocks[0]])
+    )
+    return 4 * (max(inside, outside) + search)
+
+
+def _speed(device: torch.device) -> float:
+    """Return the float32 operations a second of a square product on ``device``, measured for a moment."""
+    a = torch.randn(1024, 1024, device=device)
+    a @ a
+    began, runs = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.3:
+        float((a @ a)[0, 0])  # waits for the device
+        runs += 1
+    return runs * 2.0 * 1024**3 / (time.perf_counter() - began)

@@ -1,0 +1,121 @@
+"""A decoder's blocks for one token, run by the compiled kernels in a single call; csrc/decoder.h has the same structures."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_fp4.kernels.library import selected
+from llm_fp4.numerics import FloatFormat
+from llm_fp4.plan import InputSpec
+
+
+class Norm(Structure):
+    """``weight`` null: no norm."""
+
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("eps", c_double), ("centered", c_int64)]
+
+
+class Operand(Structure):
+    _fields_ = [
+        ("codes", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("out", c_int64), ("exponent_bits", c_int64),
+        ("mantissa_bits", c_int64),
+    ]  # fmt: skip
+
+
+class Site(Structure):
+    _fields_ = [
+        ("columns", c_int64), ("scale", c_void_p), ("shift", c_void_p), ("smooth", c_void_p), ("exponent_bits", c_int64),
+        ("mantissa_bits", c_int64), ("signed", c_int64), ("max_shift", c_int64), ("per_token", c_int64), ("count", c_int64),
+        ("operands", POINTER(Operand)),
+    ]  # fmt: skip
+
+
+class Block(Structure):
+    _fields_ = [
+        ("before_attention", Norm), ("of_queries", Norm), ("of_keys", Norm), ("before_mlp", Norm), ("qkv", Site), ("output", Site),
+        ("gate_up", Site), ("down", Site), ("heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64),
+        ("attention_scale", c_double), ("keys", c_void_p), ("values", c_void_p), ("capacity", c_int64),
+    ]  # fmt: skip
+
+
+class Pinned:
+    """Makes structures over tensors and keeps those tensors: the addresses stay good as long as this object."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Any] = []
+
+    def address(self, tensor: Tensor | None, dtype: torch.dtype) -> int | None:
+        """Return the address of ``tensor``, or of a dense CPU copy in ``dtype`` where it is none itself."""
+        if tensor is None:
+            return None
+        dense = tensor.detach().to("cpu", dtype).contiguous()
+        self.tensors.append(dense)
+        return dense.data_ptr()
+
+    def norm(self, weight: Tensor | None, bias: Tensor | None = None, eps: float = 0.0, centered: bool = False) -> Norm:
+        """Return the norm of (in,) ``weight``; None for no norm."""
+        return Norm(self.address(weight, torch.float32), self.address(bias, torch.float32), eps, int(centered))
+
+    def operand(self, packed: Tensor, scale: Tensor, bias: Tensor | None, fmt: FloatFormat) -> Operand:
+        """Return one packed weight of (out, in)."""
+        codes = self.address(packed, torch.uint8)
+        scales, biases = self.address(scale, torch.float32), self.address(bias, torch.float32)
+        return Operand(codes, scales, biases, len(packed), fmt.exponent_bits, fmt.mantissa_bits)
+
+    def site(
+        self, columns: int, spec: InputSpec | None, scale: Tensor | None, shift: Tensor | None, smooth: Tensor | None,
+        operands: Sequence[Operand],
+    ) -> Site:  # fmt: skip
+        """Return an input and all that reads it; ``spec`` None leaves the input in float."""
+        array = (Operand * len(operands))(*operands)
+        self.tensors.append(array)
+        if spec is None:
+            return Site(columns, None, None, None, 0, 0, 0, 0, 0, len(operands), array)
+        f = spec.format
+        return Site(
+            columns, self.address(scale, torch.float32), self.address(shift, torch.uint8), self.address(smooth, torch.float32),
+            f.exponent_bits, f.mantissa_bits, int(f.signed), spec.max_shift, int(spec.granularity == "per_token"), len(operands), array,
+        )  # fmt: skip
+
+
+def _library() -> ctypes.CDLL:
+    library = selected()
+    if library is None:  # callers ask `available` first; the kernels may have been switched off since
+        raise RuntimeError("the compiled kernels were switched off while a decoder that needs them was in use")
+    return library
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise MemoryError("the CPU kernels found no working memory for one token")
+
+
+def available() -> bool:
+    """Return whether compiled kernels run."""
+    return selected() is not None
+
+
+def run_blocks(blocks: ctypes.Array[Block], hidden: Tensor, cosine: Tensor, sine: Tensor, position: int) -> None:
+    """Take the (in,) float32 ``hidden`` through ``blocks``, in place; keys and values are stored at ``position``.
+
+    Args:
+        cosine, sine: (rotary,) float32 of the position.
+    """
+    status = _library().llm_fp4_run_blocks(
+        blocks, len(blocks), hidden.data_ptr(), cosine.data_ptr(), sine.data_ptr(), len(cosine), position, torch.get_num_threads()
+    )
+    _check(status)
+
+
+def site_linear(norm: Norm, site: Site, x: Tensor, out: Tensor) -> None:
+    """Write the outputs of all operands of the normalized (in,) float32 ``x`` into (sum of outs,) float32 ``out``."""
+    status = _library().llm_fp4_site_linear(
+        ctypes.byref(norm), ctypes.byref(site), x.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    )
+    _check(status)

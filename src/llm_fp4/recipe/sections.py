@@ -1,0 +1,182 @@
+"""The sections of a recipe: every key with its type."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from llm_fp4.errors import RecipeError
+from llm_fp4.numerics import PerBlock, parse
+
+FLOAT_BITS = 16  # the width that means "left in float"
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _check_bits(value: int | None) -> int | None:
+    if value is not None and value != FLOAT_BITS and not 3 <= value <= 8:
+        raise ValueError(f"{value} bits is not possible; choose 3 to 8, or 16 for float")
+    return value
+
+
+class Bits(Strict):
+    """Widths of embedding, weights and activations; 16 leaves a tensor in float. ``lm_head`` is ``weight`` unless set."""
+
+    embedding: int = 4
+    weight: int = 4
+    activation: int = 4
+    lm_head: int | None = None
+
+    _check = field_validator("embedding", "weight", "activation", "lm_head")(_check_bits)
+
+    @classmethod
+    def parse(cls, text: str, lm_head: int | None = None) -> Bits:
+        """Return the widths of "E/W/A", 4/4/8 say.
+
+        Raises:
+            RecipeError: the text is not of that form or a width is impossible.
+        """
+        if not re.fullmatch(r"\d+/\d+/\d+", text):
+            raise RecipeError(f"--bits {text!r} is not embedding/weight/activation bits; write 4/4/4 or 16/4/8, say")
+        embedding, weight, activation = map(int, text.split("/"))
+        widths = {"embedding": embedding, "weight": weight, "activation": activation, "lm_head": lm_head}
+        bits: Bits = validated(cls, widths, f"--bits {text}")
+        return bits
+
+    def __str__(self) -> str:
+        return f"{self.embedding}/{self.weight}/{self.activation}"
+
+
+def _check_formats(names: list[str] | None) -> list[str] | None:
+    for name in names or []:
+        if name != "int":
+            try:
+                parse(name)
+            except RecipeError as error:
+                raise ValueError(str(error)) from None
+    return names
+
+
+ShiftRange = Literal["format", "int8", "search"] | int
+
+
+def _check_shift_range(value: ShiftRange | None) -> ShiftRange | None:
+    if isinstance(value, int) and not 0 <= value <= 15:
+        raise ValueError(f"a shift range of {value} is not possible; choose 0 to 15, format, int8 or search")
+    return value
+
+
+class _BlockRules(Strict):
+    block_size: int = Field(default=16, ge=1)
+    scale_dtype: Literal["e4m3", "e8m0", "float16"] = "e4m3"
+
+    @property
+    def blocks(self) -> PerBlock:
+        return PerBlock(self.block_size, self.scale_dtype)
+
+
+class WeightRules(_BlockRules):
+    """``formats``: candidates, each applied where the width fits ("int" is the integer grid of any width); None: all.
+
+    ``granularity``: one scale a row, or "per_block": one for each ``block_size`` values, stored as ``scale_dtype``.
+    """
+
+    formats: list[str] | None = None
+    granularity: Literal["per_row", "per_block"] = "per_row"
+
+    _check = field_validator("formats")(_check_formats)
+
+
+class InputRules(_BlockRules):
+    """How inputs are quantized.
+
+    ``granularity``: "per_block" scales each ``block_size`` values of a token when it runs, in ``scale_dtype``.
+    ``shift``: pre-shifted exponent bias. ``shift_range``: its largest shift: "format" as the paper has it (2^e - 1), "int8" the
+    most that one int8 limb holds, a number, or "search": 0 or either, by error at each site.
+    ``sinks``: what to do with a site whose largest token exceeds the median token ``sink_ratio`` times: "per_token" gives
+    that site a scale per token, "static" keeps the one scale.
+    """
+
+    formats: list[str] | None = None
+    granularity: Literal["per_tensor", "per_token", "per_block"] = "per_tensor"
+    shift: bool = True
+    shift_range: ShiftRange = "format"
+    sinks: Literal["per_token", "static"] = "per_token"
+    sink_ratio: float = Field(default=8.0, gt=1)
+
+    _check = field_validator("formats")(_check_formats)
+    _shifts = field_validator("shift_range")(_check_shift_range)
+
+
+class TransformRules(Strict):
+    """``rotation``: a random orthogonal map of the residual stream and of each head's values, merged into the weights (models
+    like LLaMA). ``online``: with it, a Hadamard transform of inputs that no merged rotation reaches (down_proj), as they arrive.
+    """
+
+    rotation: Literal["none", "hadamard"] = "none"
+    online: bool = False
+
+
+class SearchRules(Strict):
+    """Effort of the search.
+
+    ``grid``: "log2" around the calibrated maximum, or the "paper"'s multiples of the bias. ``propagation``: inputs through
+    the quantized blocks before, or the float model's own. ``compensation``: after the search, choose levels so that
+    later columns make up for the errors of earlier ones; ``damping`` is added to its Hessian; ``sweeps`` of coordinate
+    descent over levels and scales follow it, from ``starts`` different first scales.
+    """
+
+    grid: Literal["log2", "paper"] = "log2"
+    rounds: int = Field(default=3, ge=1)
+    candidates: int = Field(default=100, ge=2, description="points of the paper grid")
+    sample_tokens: int = Field(default=1024, ge=16)
+    propagation: Literal["sequential", "parallel"] = "sequential"
+    compensation: Literal["none", "gptq"] = "none"
+    damping: float = Field(default=0.03, gt=0, lt=1)
+    sweeps: int = Field(default=4, ge=0)
+    starts: int = Field(default=3, ge=1, le=5)
+
+
+class Calibration(Strict):
+    """``source``: "self", a .txt, .jsonl, .json.gz or .parquet file, or a hub data set name."""
+
+    source: str = "self"
+    sequences: int = Field(default=32, ge=1)
+    length: int = Field(default=512, ge=2)
+
+
+class Override(Strict):
+    """Settings for the modules that ``targets`` match; None keeps the recipe's."""
+
+    targets: list[str] = Field(min_length=1)
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    weight_formats: list[str] | None = None
+    input_formats: list[str] | None = None
+    weight_granularity: Literal["per_row", "per_block"] | None = None
+    input_granularity: Literal["per_tensor", "per_token", "per_block"] | None = None
+    shift: bool | None = None
+    shift_range: ShiftRange | None = None
+    input_transform: Literal["none", "hadamard"] | None = None
+
+    _shifts = field_validator("shift_range")(_check_shift_range)
+    _bits = field_validator("weight_bits", "activation_bits")(_check_bits)
+    _formats = field_validator("weight_formats", "input_formats")(_check_formats)
+
+
+def validated(model: type[Any], data: Any, where: str) -> Any:
+    """Return ``model`` built from ``data``, or raise RecipeError with the first problem in one sentence."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(sorted(model.model_fields))
+            raise RecipeError(f"{where}: unknown key {place!r}; known at the top level: {known}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{where}: {place}: {message}") from None

@@ -1,0 +1,103 @@
+"""The Triton kernels under Triton's interpreter, on CPU tensors, against the reference bodies: equal bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_fp4.kernels import ops
+from llm_fp4.numerics import FloatFormat, decode, levels, pack, parse, unpack
+from llm_fp4.plan import TWO_LIMBS
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FORMATS = ("e1m2", "e2m1", "e3m0", "e1m6")
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's numpy
+inside = pytest.mark.skipif(not INTERPRETED, reason="run by the first test, in a process with TRITON_INTERPRET=1")
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="is that process")
+def test_all_of_these_pass_under_the_interpreter() -> None:
+    """The interpreter is chosen when triton is imported, so it takes a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def random_codes(out: int, width: int, fmt: FloatFormat) -> torch.Tensor:
+    return pack(torch.randint(0, 2**fmt.bits, (out, width), dtype=torch.uint8), fmt.bits)
+
+
+@needs_triton
+@inside
+@pytest.mark.parametrize("name", [*FORMATS, "ue2m2", "e2m3"])
+def test_quantize_input(name: str) -> None:
+    from llm_fp4.kernels import triton
+
+    fmt = parse(name)
+    torch.manual_seed(0)
+    most = max(k for k in range(8) if fmt.max_level << k <= TWO_LIMBS)
+    grid = levels(fmt).float().unique()
+    ties = torch.cat((grid, (grid[1:] + grid[:-1]) / 2, torch.tensor([torch.inf, -torch.inf, 1e-45, 3e38])))
+    for max_shift, (tokens, width), per_token in product((0, most), ((1, 1), (3, 33), (2, 1500), (0, 5)), (False, True)):
+        x = torch.randn(tokens, width) * torch.logspace(-2, 2, width)
+        pick = torch.rand(x.shape) < 0.3
+        x[pick] = ties[torch.randint(0, len(ties) - 4 * per_token, (int(pick.sum()),))]
+        if tokens == 3:
+            x[1, 4] = torch.nan
+        shift = torch.randint(0, max_shift + 1, (width,), dtype=torch.uint8) if max_shift else None
+        smooth = torch.rand(width) + 0.3 if max_shift and per_token else None
+        scale = torch.tensor(1.0 if max_shift else 0.37)
+        for source in (x, x.bfloat16()):
+            got, step = triton.quantize_input(source, scale, shift, smooth, fmt, max_shift, per_token)
+            want, want_step = ops.quantize_input_reference(
+                source, scale, shift, smooth, fmt.exponent_bits, fmt.mantissa_bits, fmt.signed, max_shift, per_token
+            )
+            assert got.dtype == want.dtype
+            assert torch.equal(got, want)
+            torch.testing.assert_close(step, want_step, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_triton
+@inside
+@pytest.mark.parametrize("name", FORMATS)
+def test_int_linear(name: str) -> None:
+    from llm_fp4.kernels import triton
+
+    fmt = parse(name)
+    torch.manual_seed(1)
+    for (tokens, width, out), top in product(
+        ((1, 1, 1), (3, 300, 37), (20, 65, 130), (130, 40, 5), (0, 4, 2), (2, 0, 3)), (96, TWO_LIMBS)
+    ):
+        x = torch.randint(-top, top + 1, (tokens, width)).to(torch.int8 if top <= 127 else torch.int16)
+        codes, scale = random_codes(out, width, fmt), torch.rand(out) + 0.01
+        for step, bias in ((torch.rand(tokens, 1), torch.randn(out)), (torch.rand(1, 1), None)):
+            want = ops.int_linear_reference(x, step, codes, scale, bias, fmt.exponent_bits, fmt.mantissa_bits)
+            assert torch.equal(triton.int_linear(x, step, codes, scale, bias, fmt), want), (tokens, width, out, top)
+
+
+@needs_triton
+@inside
+@pytest.mark.parametrize("name", FORMATS[:3])
+def test_float_linear(name: str) -> None:
+    from llm_fp4.kernels import triton
+
+    fmt = parse(name)
+    torch.manual_seed(2)
+    for tokens, width, out in ((1, 1, 1), (3, 301, 37), (20, 65, 130), (0, 4, 2)):
+        x, codes, scale, bias = torch.randn(tokens, width), random_codes(out, width, fmt), torch.rand(out), torch.randn(out)
+        weight = decode(unpack(codes, 4, width), fmt).double()
+        exact = x.double() @ weight.t() * scale + bias
+        bound = (width + 6) * 2.0**-24 * ((x.abs().double() @ weight.abs().t()) * scale + bias.abs())
+        assert bool(((triton.float_linear(x, codes, scale, bias, fmt) - exact).abs() <= bound).all())
