@@ -1,6 +1,6 @@
 # `make demo` and `make test` do all the set-up themselves; every target works from any state of the checkout.
 .DELETE_ON_ERROR:
-.PHONY: venv demo test check wheel sanitize clean distclean
+.PHONY: venv demo test test-engines check wheel sanitize clean distclean
 
 EXTRAS := gguf,data,figures,evaluation,dev
 VENV := .venv
@@ -29,6 +29,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# each engine in an environment of its own that sees the packages of ours; an engine's own pins come before them
+ENGINES := openvino onnx compressed-tensors gguf vllm
+test-engines: $(ENGINES:%=engine-%)
+
+engine-%: $(STAMP)
+	test -d $(VENV)/engines/$* || { $(BIN)/python -m venv $(VENV)/engines/$* && sh tests/engines.sh $* $(VENV)/engines/$* $(BIN)/python; } \
+		|| { rm -rf $(VENV)/engines/$*; exit 1; }
+	$(VENV)/engines/$*/bin/python -m pytest -q $(if $(filter vllm,$*),tests/integrations/test_vllm.py,tests/export/test_$(subst -,_,$*).py)
 
 check: $(STAMP)
 	$(BIN)/ruff check

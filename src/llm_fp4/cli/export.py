@@ -19,6 +19,7 @@ class Target(StrEnum):
     openvino = "openvino"
     onnx = "onnx"
     compressed_tensors = "compressed-tensors"
+    gguf = "gguf"
 
 
 def export(

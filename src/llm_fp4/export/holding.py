@@ -55,7 +55,7 @@ def hold_weights(
         container: the target's type that holds an entry's weight without rounding, or None. remedy: what to do where it is None.
         holds_input: whether the target quantizes that input as we do.
     Raises:
-        UnsupportedError: weights that the target cannot hold, or that mean nothing without their input side (SmoothQuant).
+        UnsupportedError: weights that the target cannot hold, or that are wrong without their input side (smoothed, transformed).
     """
     found = {n: container(e) for n, e in manifest.items()}
     if refused := [n for n, held in found.items() if held is None]:
@@ -70,6 +70,11 @@ def hold_weights(
         raise UnsupportedError(
             f"{target} cannot hold the {manifest[mixed[0]].input.transform} transform of the inputs of {some(mixed)}, and without it "  # type: ignore[union-attr]
             "the weights are wrong; export a recipe without online transforms"
+        )
+    if mixed := [n for n, e in manifest.items() if e.input is not None and e.input.transform is not None]:
+        raise UnsupportedError(
+            f"{target} cannot hold the {manifest[mixed[0]].input.transform} transform of the input of {some(mixed)}, "  # type: ignore[union-attr]
+            "and without it the weights are wrong; export a recipe that does not transform inputs as the model runs"
         )
     holding = Holding(target, {n: held for n, held in found.items() if held is not None})
     if inputs := [n for n, e in manifest.items() if e.input is not None and not holds_input(e, e.input)]:

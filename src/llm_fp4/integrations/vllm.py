@@ -127,6 +127,10 @@ class LlmFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
         bits, rows, columns = entries[0].format.bits, sum(output_partition_sizes), input_size_per_partition
         if columns < input_size and packed_width(columns, bits) * 8 != columns * bits:
             raise UnsupportedError(f"{self.prefix} cannot be split: {columns} weights of {bits} bits do not end on a byte")
+        if columns < input_size and any(e.input is not None and e.input.transform for e in entries):
+            raise UnsupportedError(
+                f"{self.prefix} transforms whole rows of its input, which tensor parallelism splits; serve it on one rank"
+            )
         layer.llm_fp4_sizes = output_partition_sizes if len(entries) > 1 else [rows]
         layer.llm_fp4_dtype = params_dtype
 

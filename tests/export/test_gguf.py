@@ -1,0 +1,101 @@
+"""gguf reads what we wrote to our values, bit for bit; llama.cpp loads and runs it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_fp4.api import export
+from llm_fp4.errors import UnsupportedError
+from llm_fp4.export.gguf_model import rotary_rows
+
+gguf = pytest.importorskip("gguf", reason="gguf is optional: pip install llm-fp4[gguf]")
+
+BLOCKS = {
+    "Q4_0": ("e1m2", {"granularity": "per_block", "block_size": 32, "scale_dtype": "float16"}),
+    "MXFP4": ("e2m1", {"granularity": "per_block", "block_size": 32, "scale_dtype": "e8m0"}),
+    "NVFP4": ("e2m1", {"granularity": "per_block", "block_size": 16, "scale_dtype": "e4m3"}),
+}
+
+
+@pytest.fixture
+def merging(quantized: Callable[..., Path]) -> Callable[..., Path]:
+    """Return ``quantized``, whose tokenizer then merges one pair: llama.cpp wants merges."""
+
+    def make(*arguments: Any, **options: Any) -> Path:
+        folder = quantized(*arguments, **options)
+        data = json.loads((folder / "tokenizer.json").read_text())
+        data["model"]["vocab"]["Ġa"] = 258
+        data["model"]["merges"] = [["Ġ", "a"]]
+        (folder / "tokenizer.json").write_text(json.dumps(data))
+        return folder
+
+    return make
+
+
+def read(path: Path) -> dict[str, tuple[str, torch.Tensor]]:
+    """Return type and values of every tensor, as gguf dequantizes them."""
+    return {
+        t.name: (t.tensor_type.name, torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()))
+        for t in gguf.GGUFReader(path).tensors
+    }
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_weights_are_equal_bit_for_bit(kind: str, merging: Callable[..., Path], values: Any, tmp_path: Path) -> None:
+    formats, rules = BLOCKS[kind]
+    folder = merging(formats, "16/4/16", rules=rules, intermediate_size=128, attention_bias=True)
+    made = export(folder, tmp_path / "out", "gguf")
+    assert set(made.holding.containers.values()) == {kind}
+    found, ours = read(tmp_path / "out" / "model.gguf"), values(folder)
+    config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
+    places = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.o_proj": "attn_output",
+        "mlp.down_proj": "ffn_down",
+    }
+    for name, place in places.items():
+        name, place = f"model.layers.1.{name}", f"blk.1.{place}"
+        held, value = found[f"{place}.weight"]
+        assert held == kind
+        scale = found[f"{place}.scale"][1] if kind == "NVFP4" else 1.0
+        assert torch.equal(value * scale, rotary_rows(ours[name], name, config)), name
+    assert found["blk.0.attn_norm.weight"][0] == "F32"
+    assert found["blk.0.attn_q.bias"][1].shape == (64,)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_llama_cpp_loads_and_runs_it(kind: str, merging: Callable[..., Path], tmp_path: Path) -> None:
+    native = pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) is not installed here; see make test-engines")
+    formats, rules = BLOCKS[kind]
+    folder = merging(formats, "16/4/16", rules=rules, hidden_size=128, intermediate_size=256)
+    export(folder, tmp_path / "out", "gguf")
+    params = native.CommonParams()
+    params.model.path = str(tmp_path / "out" / "model.gguf")
+    params.n_ctx, params.n_parallel, params.warmup = 64, 1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        params.hostnames, params.port = ["127.0.0.1"], free.getsockname()[1]
+    server = native.Server(params)  # raises where llama.cpp cannot load the file
+    body = {"prompt": list(range(3, 25)), "n_predict": 8, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{server.listening_address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    assert json.load(urllib.request.urlopen(request))["content"]
+
+
+def test_what_gguf_would_round_is_refused(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"cannot hold the E2M1 weights of model.layers.0.* without rounding.*mxfp4"):
+        export(quantized("e2m1", "16/4/16"), tmp_path / "out", "gguf")
+    with pytest.raises(UnsupportedError, match=r"float16, which would round those of model.layers.0"):
+        export(quantized("e1m2", "16/4/16"), tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
