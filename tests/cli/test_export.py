@@ -37,15 +37,6 @@ def test_what_cannot_be_held_is_refused_by_name(llm_fp4: Any, refused: Any, sour
     assert not (tmp_path / "out").exists()
 
 
-def test_a_transformed_input_is_refused(refused: Any, checkpoint: Path, tmp_path: Path) -> None:
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["quantization_config"]["modules"]["model.layers.1.mlp.down_proj"]["input"]["transform"] = "hadamard"
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    for target in ("openvino", "onnx", "compressed-tensors"):
-        said = refused("export", checkpoint, tmp_path / "out", "--to", target, "--quiet")
-        assert f"{target} cannot hold the hadamard transform of the input of model.layers.1.mlp.down_proj" in said
-
-
 def test_bad_places(refused: Any, checkpoint: Path, source: Path, tmp_path: Path) -> None:
     assert "exists already" in refused("export", checkpoint, source, "--to", "openvino", "--quiet")
     assert "is not quantized" in refused("export", source, tmp_path / "out", "--to", "onnx")
