@@ -1,4 +1,4 @@
-"""What a GGUF file says of a model and its tokenizer, for the architectures that are verified with llama.cpp."""
+"""What a GGUF file says of a model and its tokenizer: LLaMA, which llama.cpp was seen to run, and its close relatives, which were not tried."""
 
 from __future__ import annotations
 

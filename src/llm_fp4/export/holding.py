@@ -71,11 +71,6 @@ def hold_weights(
             f"{target} cannot hold the {manifest[mixed[0]].input.transform} transform of the inputs of {some(mixed)}, and without it "  # type: ignore[union-attr]
             "the weights are wrong; export a recipe without online transforms"
         )
-    if mixed := [n for n, e in manifest.items() if e.input is not None and e.input.transform is not None]:
-        raise UnsupportedError(
-            f"{target} cannot hold the {manifest[mixed[0]].input.transform} transform of the input of {some(mixed)}, "  # type: ignore[union-attr]
-            "and without it the weights are wrong; export a recipe that does not transform inputs as the model runs"
-        )
     holding = Holding(target, {n: held for n, held in found.items() if held is not None})
     if inputs := [n for n, e in manifest.items() if e.input is not None and not holds_input(e, e.input)]:
         shifts = sum(bool(manifest[n].input.max_shift) for n in inputs)  # type: ignore[union-attr]
