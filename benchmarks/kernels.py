@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import linear
 
 from llm_fp4.kernels import float_linear, quantized_linear
-from llm_fp4.kernels.library import select
+from llm_fp4.kernels.compiled import select
 from llm_fp4.numerics import packed_width, parse
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # (in, out)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import llm_fp4
 from llm_fp4.api import benchmark
 from llm_fp4.cli.main import app
-from llm_fp4.kernels.library import available
+from llm_fp4.kernels.compiled import available
 from llm_fp4.recipe import Recipe
 
 

@@ -12,7 +12,7 @@ import transformers
 import llm_fp4
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.integrations.decoder import Decoder
-from llm_fp4.kernels.library import available, select
+from llm_fp4.kernels.compiled import available, select
 from llm_fp4.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(

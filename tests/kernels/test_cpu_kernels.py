@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.kernels import fused, ops
-from llm_fp4.kernels.library import available, select, selected
+from llm_fp4.kernels.compiled import available, select, selected
 from llm_fp4.numerics import FloatFormat, decode, levels, pack, parse, unpack
 from llm_fp4.plan import TWO_LIMBS
 

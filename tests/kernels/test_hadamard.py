@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from llm_fp4.kernels import hadamard
+from llm_fp4.kernels.compiled import available, select
 from llm_fp4.kernels.hadamard import hadamard_reference, power_of_two
-from llm_fp4.kernels.library import available, select
 
 
 @pytest.mark.parametrize("width", [1, 2, 8, 64, 12, 96, 7, 0])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
 from llm_fp4.kernels import norm
-from llm_fp4.kernels.library import available, select
+from llm_fp4.kernels.compiled import available, select
 from llm_fp4.numerics import parse
 
 

@@ -17,7 +17,7 @@ from llm_fp4.api.loading import load_any
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.integrations.decoder import Decoder
 from llm_fp4.kernels import int_linear
-from llm_fp4.kernels.library import available, select
+from llm_fp4.kernels.compiled import available, select
 from llm_fp4.nn import QuantLinear
 from llm_fp4.numerics import packed_width
 from llm_fp4.progress import Progress, silent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def whole_float_model(opened: FloatModel) -> nn.Module:
             f"the float model must write its calibration data, all of it in memory ({need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free); "
             "name a text file or a hub data set instead"
         )
-    model: nn.Module = type(opened.model).from_pretrained(opened.folder, dtype=torch.float32)  # type: ignore[attr-defined]
+    model: nn.Module = cast(Any, type(opened.model)).from_pretrained(opened.folder, dtype=torch.float32)
     return model.eval()
 
 

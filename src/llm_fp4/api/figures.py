@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,8 @@ def draw_activations(sites: Sequence[SiteActivations], folder: str | Path, *, pr
     Raises:
         UnsupportedError: matplotlib is missing. OutputError: the folder cannot be written.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise UnsupportedError("figures need matplotlib; install it: pip install 'llm-fp4[figures]'") from None
+    if find_spec("matplotlib") is None:
+        raise UnsupportedError("figures need matplotlib; install it: pip install 'llm-fp4[figures]'")
     folder = Path(folder)
     blocks: dict[str, list[SiteActivations]] = {}
     for site in sites:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ def quantize_module(
         for module in model.modules():
             module._modules.pop(CHILD, None)
         if attention is not None:
-            model.set_attn_implementation(attention)  # type: ignore[operator]
+            cast(Any, model).set_attn_implementation(attention)
         raise
     finally:
         for name, tensor in _all_tensors(model):  # what was not quantized gets its own dtype back

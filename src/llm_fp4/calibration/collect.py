@@ -99,8 +99,8 @@ def collect(
                 raise _Enough
 
         _hook(stack, linears, keep)
-        for run, mask in runs:  # noqa: B007 - read by the hook
-            waiting = set(linears)
+        for run, masked in runs:
+            mask, waiting = masked, set(linears)  # both are read by the hook
             with suppress(_Enough):
                 run()
     return stores

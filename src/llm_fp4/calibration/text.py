@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from llm_fp4.errors import CalibrationError
 
@@ -29,8 +29,8 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
         CalibrationError: the file cannot be opened or read, or its compression is damaged.
     """
     try:
-        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-            yield stream  # type: ignore[misc]
+        with cast(IO[bytes], gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")) as stream:
+            yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CalibrationError(f"{path} is not a complete gzip file ({error}); fetch or compress it again") from error
     except OSError as error:

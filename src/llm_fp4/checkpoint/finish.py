@@ -47,8 +47,8 @@ def finish_checkpoint(
     weight_map, size = store.weight_map(), 0
     for shard in sorted(set(weight_map.values())):
         with safe_open(folder / shard, "pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
-                size += handle.get_tensor(name).nbytes
+            names = handle.keys()  # the handle is no mapping
+            size += sum(handle.get_tensor(name).nbytes for name in names)
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
     try:
         folder.rename(out)

@@ -61,19 +61,20 @@ def hold_weights(
     if refused := [n for n, held in found.items() if held is None]:
         kinds = ", ".join(sorted({weight_kind(manifest[n]) for n in refused}))
         raise UnsupportedError(f"{target} cannot hold the {kinds} weights of {some(refused)} without rounding them again; {remedy}")
-    if smooth := [n for n, e in manifest.items() if e.input is not None and e.input.smooth]:
+    inputs = {n: e.input for n, e in manifest.items() if e.input is not None}
+    if smooth := [n for n, spec in inputs.items() if spec.smooth]:
         raise UnsupportedError(
             f"{target} cannot hold the input factors of {some(smooth)}, and without them the weights are wrong; "
             "export a recipe other than smoothquant"
         )
-    if mixed := [n for n, e in manifest.items() if e.input is not None and e.input.transform]:
+    if mixed := {n: spec.transform for n, spec in inputs.items() if spec.transform}:
         raise UnsupportedError(
-            f"{target} cannot hold the {manifest[mixed[0]].input.transform} transform of the inputs of {some(mixed)}, and without it "  # type: ignore[union-attr]
+            f"{target} cannot hold the {next(iter(mixed.values()))} transform of the inputs of {some(mixed)}, and without it "
             "the weights are wrong; export a recipe without online transforms"
         )
     holding = Holding(target, {n: held for n, held in found.items() if held is not None})
-    if inputs := [n for n, e in manifest.items() if e.input is not None and not holds_input(e, e.input)]:
-        shifts = sum(bool(manifest[n].input.max_shift) for n in inputs)  # type: ignore[union-attr]
+    if left := [spec for n, spec in inputs.items() if not holds_input(manifest[n], spec)]:
+        shifts = sum(spec.max_shift > 0 for spec in left)
         also = f", {shifts} of them with channel shifts" if shifts else ""
-        holding.dropped.append(f"the input side of {len(inputs)} layers{also}: they become weight-only, their inputs stay float")
+        holding.dropped.append(f"the input side of {len(left)} layers{also}: they become weight-only, their inputs stay float")
     return holding

@@ -8,6 +8,7 @@ grids of at most 127 steps into INT8 under ``DequantizeLinear``. Needs ``onnx`` 
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,10 @@ def write(model: Any, weights: PackedWeights, out: Path) -> None:
         UnsupportedError: onnxscript is not installed, or the exporter cannot convert this model.
         OutputError: the directory cannot be written.
     """
-    try:
-        import onnx_ir
-        import onnxscript  # noqa: F401 - torch's exporter needs it and says less
-    except ImportError:
-        raise UnsupportedError("exporting to onnx needs onnxscript; install it: pip install llm-fp4[onnx]") from None
+    if find_spec("onnxscript") is None or find_spec("onnx_ir") is None:  # torch's exporter needs the first and says less
+        raise UnsupportedError("exporting to onnx needs onnxscript; install it: pip install llm-fp4[onnx]")
+    import onnx_ir
+
     graph = TextGraph(model).eval()
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
     axes = {0: batch, 1: tokens}

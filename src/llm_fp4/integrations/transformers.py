@@ -17,7 +17,7 @@ from llm_fp4.plan import AttentionSpec
 
 
 @register_quantization_config(METHOD)
-class LlmFp4Config(QuantizationConfigMixin):  # type: ignore[misc]
+class LlmFp4Config(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed: its classes are Any
     """``quantization_config`` of a checkpoint: its manifest, as read."""
 
     def __init__(self, **fields: Any) -> None:
@@ -26,7 +26,7 @@ class LlmFp4Config(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class LlmFp4Quantizer(HfQuantizer):  # type: ignore[misc]
+class LlmFp4Quantizer(HfQuantizer):  # type: ignore[misc]  # as above
     """Loads checkpoints that llm-fp4 quantized; it does not quantize while loading."""
 
     requires_calibration = True

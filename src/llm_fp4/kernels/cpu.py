@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.kernels import ops
-from llm_fp4.kernels.library import selected
+from llm_fp4.kernels.compiled import selected
 from llm_fp4.numerics import FloatFormat
 from llm_fp4.numerics.packing import packed_width
 from llm_fp4.plan import LIMB, TWO_LIMBS

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_fp4.kernels.compiled import selected
 from llm_fp4.kernels.cpu import address, check, max_level, ready, threads
 from llm_fp4.kernels.fused import quantized_linear as quantized_linear_op
 from llm_fp4.kernels.fused import quantized_linear_reference
 from llm_fp4.kernels.hadamard import hadamard as hadamard_op
 from llm_fp4.kernels.hadamard import hadamard_reference
-from llm_fp4.kernels.library import selected
 from llm_fp4.kernels.norm import norm_quantize_input as norm_quantize_input_op
 from llm_fp4.kernels.norm import norm_quantize_input_reference
 from llm_fp4.numerics.packing import packed_width

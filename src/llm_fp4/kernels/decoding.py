@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_fp4.kernels.library import selected
+from llm_fp4.kernels.compiled import selected
 from llm_fp4.numerics import FloatFormat
 from llm_fp4.plan import InputSpec
 

@@ -5,6 +5,7 @@ from llm_fp4.recipe.presets import PRESETS, SUMMARIES
 from llm_fp4.recipe.schema import ModuleRule, Recipe, matches
 from llm_fp4.recipe.sections import (
     FLOAT_BITS,
+    AttentionRules,
     Bits,
     Calibration,
     InputRules,
@@ -17,6 +18,6 @@ from llm_fp4.recipe.sections import (
 )
 
 __all__ = [
-    "FLOAT_BITS", "PRESETS", "SUMMARIES", "Bits", "Calibration", "InputRules", "ModuleRule", "Override", "Recipe", "SearchRules",
+    "FLOAT_BITS", "PRESETS", "SUMMARIES", "AttentionRules", "Bits", "Calibration", "InputRules", "ModuleRule", "Override", "Recipe", "SearchRules",
     "ShiftRange", "TransformRules", "WeightRules", "dump_recipe", "load_recipe", "matches", "validated",
 ]  # fmt: skip
