@@ -2,7 +2,7 @@
 
 All contenders of a shape run in turn within each round, so that a change of the machine's speed meets all of them;
 the figures are medians over rounds, and ratios are medians of each round's ratio. "cold" cycles through more than
-600 MB of distinct weights, as one token's way through a large model does; "cached" uses one weight again and again.
+600 MB of distinct weights, four layers at a time, as one token's way through a large model does; "cached" uses one weight again and again.
 
     python benchmarks/kernels.py --rows 1 128 --json
 """
@@ -27,6 +27,7 @@ from llm_fp4.numerics import packed_width, parse
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # (in, out)
 COLD_BYTES = 640_000_000
+BURST = 4
 
 Run = Callable[[int], Any]  # computes one layer with the i-th weight
 
@@ -106,12 +107,15 @@ CONTENDERS = (
 
 
 def seconds(run: Run, i: int, cold: bool = True) -> float:
+    """Return the time of one layer: cold, the mean of ``BURST`` layers one after the other, as an engine runs them."""
     if not cold:  # the others' weights have filled the caches
         run(i)
         run(i)
+    burst = BURST if cold else 1
     start = time.perf_counter()
-    run(i)
-    return time.perf_counter() - start
+    for j in range(burst):
+        run(burst * i + j)
+    return (time.perf_counter() - start) / burst
 
 
 def read_bandwidth() -> Run:

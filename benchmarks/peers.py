@@ -118,10 +118,12 @@ def layers(options: argparse.Namespace) -> list[dict[str, Any]]:
     with torch.inference_mode():
         for rows in options.rows:
             for width, out in options.shape or kernels.SHAPES:
-                rounds = options.rounds or (20 if rows <= 8 else 5 if rows <= 256 else 3)
+                rounds = options.rounds or (12 if rows <= 8 else 5 if rows <= 256 else 3)
                 for one in kernels.measure(width, out, rows, rows <= 8, rounds, [], contenders):
                     records.append(one)
                     print(kernels.show(one), flush=True)
+                if options.json:  # shape by shape: a run that is broken off keeps what it measured
+                    record("peers", records)
     return records
 
 
@@ -211,8 +213,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = whole(options) if options.model else layers(options)
-    if options.json:
-        record("peers-model" if options.model else "peers", rows)
+    if options.json and options.model:
+        record("peers-model", rows)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kOutsOfAnItem = 128;  // at most so many outputs a thread takes at a time
 constexpr int64_t kRowsOfAPass = 256;
 constexpr int64_t kRowsOfAStream = 16;     // up to so many rows, codes are expanded in registers
+constexpr int64_t kPairRowsOfAStream = 5;  // the same where panels are multiplied on bfloat16 units
 constexpr int64_t kColumnsOfAPanel = 512;  // 64 x 512 floats, 128 KiB, stay in the second-level cache
 constexpr int64_t kCachedBytes = 4096;  // of codes, shared by the rows: 32 KiB of floats stay in the first-level cache
 
@@ -85,8 +86,7 @@ void stream(const Kernels& k, const Weight& w, const Call& call, int64_t first, 
 }
 
 // Codes expanded once for many rows, a panel at a time.
-void panels(const Kernels& k, const Weight& w, const Call& call, int64_t first, int64_t some, int threads) {
-  const bool pairs = call.bfloat16 && k.bfloat16_product && w.in % 2 == 0;
+void panels(const Kernels& k, const Weight& w, const Call& call, int64_t first, int64_t some, bool pairs, int threads) {
   const auto* x = static_cast<const char*>(call.x) + first * w.in * (call.bfloat16 ? 2 : 4);
   int64_t size = call.bfloat16 ? 2 : 4;
   thread_local Buffer float_buffer;
@@ -120,8 +120,13 @@ void float_linear(const Kernels& k, const Weight& w, const void* x, bool bfloat1
   const Call call{x, bfloat16, scale, bias, y};
   for (int64_t first = 0; first < tokens; first += kRowsOfAPass) {
     const int64_t some = std::min(kRowsOfAPass, tokens - first);
-    const bool few = some <= kRowsOfAStream || !k.float_product || w.in == 0;
-    (few ? stream : panels)(k, w, call, first, some, threads);
+    const bool pairs = bfloat16 && k.bfloat16_product && w.in % 2 == 0;
+    const bool few = some <= (pairs ? kPairRowsOfAStream : kRowsOfAStream) || !k.float_product || w.in == 0;
+    if (few) {
+      stream(k, w, call, first, some, threads);
+    } else {
+      panels(k, w, call, first, some, pairs, threads);
+    }
   }
 }
 

@@ -25,21 +25,27 @@ void dot_tile(const Weight& w, const BlockRows& x, const LaneScales& scales, int
   const int64_t ahead = (1 + kAhead / (w.row_bytes * kOuts + 1)) * kOuts * w.row_bytes;
   for (int64_t at = 0; at < w.row_bytes; at += 64) {
     const __mmask64 mask = first_bytes(w.row_bytes - at);
+    __m512i even[kOuts], odd[kOuts];
+    __m512 scale[kOuts];
 #pragma GCC unroll 8
     for (int o = 0; o < kOuts; ++o) {
       const uint8_t* from = codes + o * w.row_bytes + at;
       if (kOuts > 1) _mm_prefetch(reinterpret_cast<const char*>(from + ahead), _MM_HINT_T0);
-      __m512i even, odd;
-      expand.nibbles(_mm512_maskz_loadu_epi8(mask, from), even, odd);
-      const __m512 scale = scales.of_run(w, first + o, at / 64);
+      expand.nibbles(_mm512_maskz_loadu_epi8(mask, from), even[o], odd[o]);
+      scale[o] = scales.of_run(w, first + o, at / 64);
+    }
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const int8_t* row = x.limbs.data + r * x.limbs.stride + at * 2;
-        const int64_t lane = r * x.lanes + at / 4;
-        __m512i exact = _mm512_dpbusd_epi32(_mm512_loadu_si512(x.corrections + lane), even, _mm512_loadu_si512(row));
-        exact = _mm512_dpbusd_epi32(exact, odd, _mm512_loadu_si512(row + 64));
-        const __m512 both = _mm512_mul_ps(scale, _mm512_loadu_ps(x.scales + lane));
-        sum[o][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), both, sum[o][r]);  // the product is exact
+    for (int r = 0; r < kRows; ++r) {  // what is read of a row serves all outputs
+      const int8_t* row = x.limbs.data + r * x.limbs.stride + at * 2;
+      const int64_t lane = r * x.lanes + at / 4;
+      const __m512i of_even = _mm512_loadu_si512(row), of_odd = _mm512_loadu_si512(row + 64);
+      const __m512i correction = _mm512_loadu_si512(x.corrections + lane);
+      const __m512 of_input = _mm512_loadu_ps(x.scales + lane);
+#pragma GCC unroll 8
+      for (int o = 0; o < kOuts; ++o) {
+        const __m512i exact = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(correction, even[o], of_even), odd[o], of_odd);
+        // the product is exact
+        sum[o][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), _mm512_mul_ps(scale[o], of_input), sum[o][r]);
       }
     }
   }
@@ -52,7 +58,7 @@ void dot_tile(const Weight& w, const BlockRows& x, const LaneScales& scales, int
 
 template <int kRows>
 void dot_rows(const Weight& w, const BlockRows& x, int64_t first, int64_t last, float* sums, int64_t stride) {
-  constexpr int kOuts = kRows <= 2 ? 1 : 4;  // one row of codes at a time streams fastest
+  constexpr int kOuts = kRows <= 2 ? 1 : 2;  // one row of codes at a time streams fastest
   const LaneScales scales(w);
   int64_t out = first;
   for (; out + kOuts <= last; out += kOuts) dot_tile<kRows, kOuts>(w, x, scales, out, sums + (out - first), stride);

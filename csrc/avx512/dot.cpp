@@ -37,24 +37,27 @@ struct Tile {
   // one run of 64 bytes of codes at `at`, the columns they stand for at `column`
   template <bool kTail>
   inline __attribute__((always_inline)) void step(const Codes& expand, int64_t at, int64_t column, __mmask64 mask) {
+    __m512i even[kOuts], odd[kOuts];  // 8-bit codes: only the first, in their own order
 #pragma GCC unroll 8
     for (int o = 0; o < kOuts; ++o) {
       if (kFetch) _mm_prefetch(reinterpret_cast<const char*>(codes[o] + ahead + at), _MM_HINT_T0);
       const __m512i packed = kTail ? _mm512_maskz_loadu_epi8(mask, codes[o] + at) : _mm512_loadu_si512(codes[o] + at);
       if (kBits == 4) {
-        __m512i even, odd;
-        expand.nibbles(packed, even, odd);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          const int8_t* row = rows + r * stride + column;
-          sum[o][r][0] = _mm512_dpbusd_epi32(sum[o][r][0], even, _mm512_loadu_si512(row));
-          sum[o][r][kOdd] = _mm512_dpbusd_epi32(sum[o][r][kOdd], odd, _mm512_loadu_si512(row + 64));
-        }
+        expand.nibbles(packed, even[o], odd[o]);
       } else {
-        const __m512i level = expand.bytes(packed);
+        even[o] = expand.bytes(packed);
+      }
+    }
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r)
-          sum[o][r][0] = _mm512_dpbusd_epi32(sum[o][r][0], level, _mm512_loadu_si512(rows + r * stride + column));
+    for (int r = 0; r < kRows; ++r) {  // what is read of a row serves all outputs
+      const int8_t* row = rows + r * stride + column;
+      const __m512i first = _mm512_loadu_si512(row);
+#pragma GCC unroll 8
+      for (int o = 0; o < kOuts; ++o) sum[o][r][0] = _mm512_dpbusd_epi32(sum[o][r][0], even[o], first);
+      if (kBits == 4) {
+        const __m512i second = _mm512_loadu_si512(row + 64);
+#pragma GCC unroll 8
+        for (int o = 0; o < kOuts; ++o) sum[o][r][kOdd] = _mm512_dpbusd_epi32(sum[o][r][kOdd], odd[o], second);
       }
     }
   }
