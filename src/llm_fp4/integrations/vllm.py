@@ -163,6 +163,11 @@ class LlmFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
             raise UnsupportedError(
                 f"{self.prefix} cannot be split: its input passes a transform of all channels; serve it on one GPU"
             )
+        if any(e.input is not None and e.input.factors for e in entries):
+            raise UnsupportedError(
+                f"{self.prefix} reads its input through a learned transform, which is not implemented in vLLM; "
+                "quantize without transforms.learned"
+            )
         add("input_scale", InputParameter, torch.zeros(parts, 1))
         if any(e.input is not None and e.input.max_shift for e in entries):
             add("input_shift", InputParameter, torch.zeros(parts, columns, dtype=torch.uint8))

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.kernels import block_linear, float_linear, hadamard, int_linear, integer_product, quantize_input, quantized_linear
+from llm_fp4.kernels import (
+    block_linear,
+    float_linear,
+    hadamard,
+    int_linear,
+    integer_product,
+    kronecker,
+    quantize_input,
+    quantized_linear,
+)
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.nn.shared import InputSite
 from llm_fp4.numerics import FloatFormat, PerBlock, PerRow, QuantizedTensor, packed_width, scale_bytes
@@ -23,7 +32,7 @@ class PackedModule(nn.Module):
     ``weight_scale`` is (rows,) float32, or the stored scales of blocks, E4M3 ones with ``weight_global_scale`` () over them.
     """
 
-    kept = ("weight_scale", "weight_global_scale", "input_scale", "input_smooth")
+    kept = ("weight_scale", "weight_global_scale", "input_scale", "input_smooth", "input_left", "input_right")
     weight_packed: Tensor
     weight_scale: Tensor
     weight_global_scale: Tensor | None
@@ -74,6 +83,8 @@ class QuantLinear(PackedModule):
     input_scale: Tensor
     input_shift: Tensor | None
     input_smooth: Tensor | None
+    input_left: Tensor | None
+    input_right: Tensor | None
     site: InputSite | None = None  # shared with the linears that read the same input
 
     def __init__(
@@ -89,6 +100,8 @@ class QuantLinear(PackedModule):
         smooth = torch.ones(in_features, dtype=torch.float32, device=device) if spec and spec.smooth else None
         self.register_buffer("input_shift", shift)
         self.register_buffer("input_smooth", smooth)
+        for name, size in zip(("input_left", "input_right"), (spec and spec.factors) or (0, 0), strict=True):
+            self.register_buffer(name, torch.eye(size, dtype=torch.float32, device=device) if size else None)
 
     @classmethod
     def from_plan(cls, weight: QuantizedTensor, plan: InputPlan | None, bias: Tensor | None) -> QuantLinear:
@@ -105,6 +118,8 @@ class QuantLinear(PackedModule):
             layer.input_scale = plan.scale.clone()
             layer.input_shift = None if plan.shift is None else plan.shift.clone()
             layer.input_smooth = None if plan.smooth is None else plan.smooth.clone()
+            layer.input_left = None if plan.left is None else plan.left.clone()
+            layer.input_right = None if plan.right is None else plan.right.clone()
         return layer
 
     @property
@@ -138,6 +153,8 @@ class QuantLinear(PackedModule):
     def _transformed(self, rows: Tensor, spec: InputSpec) -> Tensor:
         if spec.transform is None:
             return rows
+        if self.input_left is not None and self.input_right is not None:
+            return kronecker(rows, self.input_left, self.input_right)
         mixed: Tensor = hadamard(rows)
         return mixed
 

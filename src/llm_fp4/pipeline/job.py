@@ -22,12 +22,14 @@ from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embeddin
 from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.attention import AttentionSites
 from llm_fp4.pipeline.embeddings import lookups, quantize_embedding, selected_embeddings, stored_table
+from llm_fp4.pipeline.learning import learn_transforms
 from llm_fp4.pipeline.rotating import rotated
 from llm_fp4.pipeline.sites import Decided, Linears, decide_site, quantized_layers, selected_linears, split_sites, stored_layer
 from llm_fp4.pipeline.tied import Runs, float_head_gram, parts, shared_heads
 from llm_fp4.plan import ATTENTION_INPUTS, FixedWeight, WeightPlan
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe
+from llm_fp4.transforms import InputTransform
 
 PACKED = (*STORED, *(f"{n}_scale" for n in ATTENTION_INPUTS))  # stored as they are
 
@@ -132,9 +134,12 @@ class Job:
             self._save_outputs(name)
         attention = AttentionSites(self.model.get_submodule(name), name, self.recipe, selected, run, len(self.batches))
         decided = []
-        for group in split_sites(shared_inputs(selected, lambda: run(0)), selected, self.recipe):
+        groups = split_sites(shared_inputs(selected, lambda: run(0)), selected, self.recipe)
+        learned = self.recipe.transforms.learned
+        maps = learn_transforms(self.runner, name, groups, selected, self.recipe, self._mask) if learned else {}
+        for group in groups:
             attention.decide(group[0], plans, self.sequential)
-            decided.append(self._decide(group, selected, run, plans))
+            decided.append(self._decide(group, selected, run, plans, transform=maps.get(group[0])))
             if self.sequential:  # otherwise every site of the block reads what it reads in the float model
                 self._replace(decided.pop())
         attention.decide(None, plans, self.sequential)
@@ -215,11 +220,14 @@ class Job:
         return selected_linears(self.model, [n for n in names if n not in self.later], self.recipe, head)
 
     def _decide(
-        self, group: list[str], selected: Linears, run: Callable[[int], object], plans: dict[str, Any], head: bool = False
-    ) -> Decided:
+        self, group: list[str], selected: Linears, run: Callable[[int], object], plans: dict[str, Any], head: bool = False,
+        transform: InputTransform | None = None,
+    ) -> Decided:  # fmt: skip
         shared = {n: self.shared_head[n] for n in group if head and n in self.shared_head}
         fixed = {n: self._stored_embedding(n, embedding) for n, embedding in shared.items()}
-        decided = decide_site(group, selected, self._runs(run), self.recipe, fixed, plans, self.store.scratch, self.device, head)
+        decided = decide_site(
+            group, selected, self._runs(run), self.recipe, fixed, plans, self.store.scratch, self.device, head, transform
+        )
         for n, embedding in shared.items():
             plans["weights"][n]["tied_to"] = embedding
         return decided

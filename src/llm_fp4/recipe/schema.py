@@ -99,6 +99,8 @@ class Recipe(Strict):
         """
         weight_bits = self.bits.lm_head if head and self.bits.lm_head is not None else self.bits.weight
         activation_bits, granularity = self.bits.activation, self.inputs.granularity
+        if head and self.bits.lm_head is not None:
+            activation_bits = max(activation_bits, self.bits.lm_head)
         shift, shift_range, transform = self.inputs.shift, self.inputs.shift_range, "none"
         weight_formats, input_formats, weight_granularity = self.weights.formats, self.inputs.formats, self.weights.granularity
         for o in self.overrides:
@@ -128,6 +130,10 @@ class Recipe(Strict):
     def _check_blocks(self, rule: ModuleRule, name: str) -> None:
         if (rule.weight_blocks or rule.input_blocks) and self.method == "smoothquant":
             raise RecipeError(f"{name}: method smoothquant has no block scales; use fpq or minmax")
+        if rule.input_blocks and self.transforms.learned:
+            raise RecipeError(
+                f"{name}: transforms.learned and block scales of inputs are not implemented together; use per_token or leave it out"
+            )
         if rule.transform and self.method == "smoothquant":
             raise RecipeError(
                 f"{name}: method smoothquant and a transform of its input are not implemented together; use fpq or minmax"

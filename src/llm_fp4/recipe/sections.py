@@ -24,7 +24,10 @@ def _check_bits(value: int | None) -> int | None:
 
 
 class Bits(Strict):
-    """Widths of embedding, weights and activations; 16 leaves a tensor in float. ``lm_head`` is ``weight`` unless set."""
+    """Widths of embedding, weights and activations; 16 leaves a tensor in float.
+
+    ``lm_head`` is the width of the output head's weight, ``weight`` unless set; its input has at least that width too.
+    """
 
     embedding: int = 4
     weight: int = 4
@@ -115,10 +118,15 @@ class InputRules(_BlockRules):
 class TransformRules(Strict):
     """``rotation``: a random orthogonal map of the residual stream and of each head's values, merged into the weights (models
     like LLaMA). ``online``: with it, a Hadamard transform of inputs that no merged rotation reaches (down_proj), as they arrive.
+    ``learned``: instead, a linear map of every quantized input, computed as it arrives, learned block by block with the error of the
+    block's output, in ``epochs`` passes over the calibration data with steps of ``learning_rate`` (any model).
     """
 
     rotation: Literal["none", "hadamard"] = "none"
     online: bool = False
+    learned: bool = False
+    epochs: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=0.01, gt=0, le=1)
 
 
 class AttentionRules(Strict):

@@ -15,7 +15,7 @@ from llm_fp4.search.products import ProductSample, search_product
 from llm_fp4.search.sinks import sink_ratio
 from llm_fp4.statistics import SiteStatistics
 
-__all__ = ["ProductSample", "embedding_plan", "search_product", "search_site"]
+__all__ = ["ProductSample", "embedding_plan", "search_product", "search_site", "sink_ratio"]
 
 
 def search_site(
