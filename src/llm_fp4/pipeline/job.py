@@ -6,7 +6,6 @@ stacks belong to the unit of the first block after them.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embeddin
 from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.attention import AttentionSites
 from llm_fp4.pipeline.embeddings import lookups, quantize_embedding, selected_embeddings, stored_table
+from llm_fp4.pipeline.memory import settle
 from llm_fp4.pipeline.rotating import rotated
 from llm_fp4.pipeline.sites import Decided, Linears, decide_site, quantized_layers, selected_linears, split_sites, stored_layer
 from llm_fp4.pipeline.tied import Runs, float_head_gram, parts, shared_heads
@@ -72,7 +72,7 @@ class Job:
                 self._block(unit)
             else:
                 self._tail(unit)
-            gc.collect()  # modules and hooks refer to each other: a block's weights would wait for some later collection
+            settle()
             self.progress("quantize", unit + 1, units)
         for name, module in self.later.items():
             set_module(self.model, name, module)
