@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_fp4 import ranks
 from llm_fp4.calibration import inputs_of, shared_inputs
 from llm_fp4.checkpoint import STORED, RunStore
 from llm_fp4.errors import UnsupportedError
@@ -145,8 +146,9 @@ class Job:
             self._save_outputs(name)
 
     def _save_outputs(self, name: str) -> None:
-        for i in range(len(self.batches)):
+        for i in ranks.mine(len(self.batches)):
             self.store.outputs.save(name, i, self.runner.run(name, i))
+        ranks.wait()
 
     def _bridge(self, name: str, plans: dict[str, Any]) -> Linears:
         """Quantize the linears outside the blocks that run before the block ``name``; return the quantized ones."""
