@@ -22,7 +22,7 @@ from llm_fp4.search.ranking import as_operand
 from llm_fp4.search.refine import fit_scale, refine
 from llm_fp4.search.shift import channel_shift, shift_limits
 from llm_fp4.search.sinks import sink_ratio
-from llm_fp4.search.weights import choose_weight, weight_loss
+from llm_fp4.search.weights import choose_weight, losses_by_tokens, row_losses, weight_loss
 from llm_fp4.statistics import Gram, SiteStatistics, TokenStore
 
 
@@ -59,6 +59,15 @@ def test_gram_loss_is_the_output_error(site: SiteStatistics) -> None:
     assert gram.ee is not None
     loss = weight_loss(weight, rounded, gram.qq, weight @ gram.eq).sum() + ((weight @ gram.ee) * weight).sum()
     assert float(loss) == pytest.approx(output_error(site, weight, rounded, rows), rel=1e-4)
+
+
+def test_losses_by_tokens_are_those_by_gram_matrices(site: SiteStatistics) -> None:
+    weight, spec = weights()["q"], InputSpec(parse("e2m1"))
+    scale = scale_of_max(site.channel_absmax.amax(), spec.format)
+    rounded = fake_quantize(weight, scale_of_max(weight.abs().amax(1), spec.format)[:, None], spec.format)
+    for quantize in (None, lambda x: fake_quantize_input(x, spec, scale, None, None)):
+        found = losses_by_tokens(weight, rounded.__getitem__, site, quantize)
+        assert torch.allclose(found, row_losses(weight, rounded.__getitem__, site.quantized_gram(quantize)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("outputs", [20, 200], ids=["direct form", "quadratic form"])

@@ -6,6 +6,8 @@ search found; which level each weight takes changes, and with sweeps of refineme
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -18,7 +20,7 @@ from llm_fp4.recipe import SearchRules
 from llm_fp4.search.factor import Factor, Feedback, damped
 from llm_fp4.search.inputs import InputChoice
 from llm_fp4.search.refine import everything, refine
-from llm_fp4.search.weights import row_losses
+from llm_fp4.search.weights import few_tokens, site_losses
 from llm_fp4.statistics import Gram, SiteStatistics
 
 _BLOCK = 128  # columns between two updates of all later columns
@@ -129,14 +131,17 @@ def compensate_site(
         start = 0
         for n in names:
             rows = slice(start, start + len(weights[n]))
-            result.rounded[n] = _better_rows(weights[n], values[rows], scale[rows], result.weights[n], gram)
+            found = partial(site_losses, statistics=statistics, choice=choice, gram=None if few_tokens(statistics) else gram)
+            result.rounded[n] = _better_rows(weights[n], values[rows], scale[rows], result.weights[n], found)
             start = rows.stop
 
 
-def _better_rows(weight: Tensor, values: Tensor, scale: Tensor, plan: WeightPlan, gram: Gram) -> Tensor:
+def _better_rows(
+    weight: Tensor, values: Tensor, scale: Tensor, plan: WeightPlan, losses: Callable[[Tensor, Callable[[slice], Tensor]], Tensor]
+) -> Tensor:
     """Return the compensated rows, or the nearest levels for rows where these do less harm; update the plan."""
     nearest = fake_quantize(weight, plan.scale.unsqueeze(1), plan.format)
-    before, after = (row_losses(weight, v.__getitem__, gram) for v in (nearest, values))
+    before, after = (losses(weight, v.__getitem__) for v in (nearest, values))
     if plan.error is not None:
         plan.error *= max(float(torch.minimum(before, after).sum()), 0.0) / max(float(before.sum()), 1e-30)
     better = after <= before

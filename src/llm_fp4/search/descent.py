@@ -16,7 +16,7 @@ from llm_fp4.plan import FixedWeight, InputPlan, InputSpec, SiteResult, WeightPl
 from llm_fp4.recipe import ModuleRule, SearchRules
 from llm_fp4.search.grids import Grid, Log2Grid, PaperGrid
 from llm_fp4.search.inputs import InputChoice, OutputError, choose_input, maximum_choices
-from llm_fp4.search.weights import WeightChoice, choose_weight, output_energy, row_losses
+from llm_fp4.search.weights import WeightChoice, choose_weight, few_tokens, site_energy, site_losses
 from llm_fp4.statistics import Gram, SiteStatistics
 
 
@@ -40,9 +40,10 @@ def descend(
     weight_grid, input_grid = grids(search)
     rule = next(iter(rules.values()))
     fixed = fixed or {}
-    energy = {n: output_energy(w, statistics.gram) for n, w in weights.items()}
+    energy = {n: site_energy(w, statistics) for n, w in weights.items()}
     total = max(sum(energy.values()), 1e-30)
 
+    few = few_tokens(statistics)
     choice: InputChoice | None = None
     starts = maximum_choices(statistics.channel_absmax, rule, per_token=per_token)
     if starts:
@@ -58,14 +59,14 @@ def descend(
         del gram  # before there is the next: at wide sites these matrices are what memory goes into
         gram = statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
         if best is not None:  # the last round's input, confirmed on all tokens with the weights it was chosen for
-            best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
+            best = _better(best, (*_score(statistics, choice, None if few else gram, weights, chosen), choice, chosen))
         chosen = {}
         for n, w in weights.items():
             if n in fixed:
                 chosen[n] = _Fixed(fixed[n])
             else:
                 chosen[n], weight_scales[n] = choose_weight(w, gram, rules[n].weight_formats, weight_grid, weight_scales.get(n))
-        best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
+        best = _better(best, (*_score(statistics, choice, None if few else gram, weights, chosen), choice, chosen))
         if starts:
             rounded = error.under([chosen[n].values(w) for n, w in weights.items()])
             choice, input_scales = choose_input(rounded, starts, input_grid, input_scales)
@@ -73,8 +74,8 @@ def descend(
     assert best is not None
     if starts:
         del gram
-        gram = statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
-        best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
+        gram = None if few else statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
+        best = _better(best, (*_score(statistics, choice, gram, weights, chosen), choice, chosen))
     loss, choice, chosen, losses = best
     plans = {
         n: fixed[n].plan if n in fixed else WeightPlan(n, c.format, c.scale, losses[n] / max(energy[n], 1e-30))
@@ -94,9 +95,17 @@ def _better(old: _Scored | None, new: tuple[float, dict[str, float], InputChoice
     return (loss, choice, chosen, losses) if old is None or loss < old[0] else old
 
 
-def _score(gram: Gram, weights: dict[str, Tensor], chosen: dict[str, WeightChoice]) -> tuple[float, dict[str, float]]:
+def _score(
+    statistics: SiteStatistics,
+    choice: InputChoice | None,
+    gram: Gram | None,
+    weights: dict[str, Tensor],
+    chosen: dict[str, WeightChoice],
+) -> tuple[float, dict[str, float]]:
     """Return the squared output error over all calibration tokens, in sum and for each operand."""
-    losses = {n: max(float(row_losses(w, partial(chosen[n].values, w), gram).sum()), 0.0) for n, w in weights.items()}
+    losses = {
+        n: max(float(site_losses(w, partial(chosen[n].values, w), statistics, choice, gram).sum()), 0.0) for n, w in weights.items()
+    }
     return sum(losses.values()), losses
 
 

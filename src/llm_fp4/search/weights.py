@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +14,15 @@ from llm_fp4 import ranks
 from llm_fp4.numerics import FloatFormat, fake_quantize, scale_of_max
 from llm_fp4.search.grids import Grid, Loss, search_formats
 from llm_fp4.search.ranking import as_operand, rank_product
-from llm_fp4.statistics import Gram
+from llm_fp4.statistics import Gram, SiteStatistics
 
 _ROWS = 2048  # rows scored at once: bounds the temporaries of a vocabulary-sized weight
+
+
+class InputRounding(Protocol):
+    """What is decided of an input."""
+
+    def quantize(self, rows: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -73,6 +80,49 @@ def output_energy(weight: Tensor, gram: Tensor) -> float:
     for rows in ranks.own(len(weight), _ROWS):
         energy[rows] = row_energy(weight[rows], gram)
     return float(ranks.united(energy).sum())
+
+
+def losses_by_tokens(
+    weight: Tensor, values: Callable[[slice], Tensor], statistics: SiteStatistics, quantize: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """Return what :func:`row_losses` does, from the outputs of all tokens: cheaper than Gram matrices where tokens are few."""
+    lost = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    own = ranks.own(len(weight), _ROWS)
+    for x in statistics.chunks() if own else ():
+        q = x if quantize is None else quantize(x)
+        e = x - q
+        for rows in own:
+            w = weight[rows]
+            wrong = q @ (w - values(rows)).t()
+            if quantize is not None:
+                wrong.addmm_(e, w.t())
+            lost[rows] += wrong.square_().sum(0, dtype=torch.float64)
+    return ranks.united(lost)
+
+
+def few_tokens(statistics: SiteStatistics) -> bool:
+    """Return whether an error costs less as two products with all tokens than as three with Gram matrices."""
+    return 2 * statistics.tokens.tokens < 3 * statistics.tokens.channels
+
+
+def site_losses(
+    weight: Tensor, values: Callable[[slice], Tensor], statistics: SiteStatistics, choice: InputRounding | None, gram: Gram | None
+) -> Tensor:
+    """Return the (out,) float64 squared output errors over all calibration tokens.
+
+    Args:
+        gram: under ``choice``, the rounding of the input; None where :func:`few_tokens` make it cheaper without.
+    """
+    if gram is None:
+        return losses_by_tokens(weight, values, statistics, choice.quantize if choice else None)
+    return row_losses(weight, values, gram)
+
+
+def site_energy(weight: Tensor, statistics: SiteStatistics) -> float:
+    """Return the squared output of (out, in) ``weight`` over all calibration tokens, the cheaper way."""
+    if statistics.tokens.tokens < weight.shape[1]:
+        return float(losses_by_tokens(weight, lambda rows: torch.zeros((), device=weight.device), statistics, None).sum())
+    return output_energy(weight, statistics.gram)
 
 
 def output_loss(weight: Tensor, quantized: Tensor, gram: Gram) -> float:
