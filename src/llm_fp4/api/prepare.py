@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_fp4 import ranks
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.models import Batch, Structure, find_structure
 from llm_fp4.recipe import Recipe, matches
 
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 2048
 
 
 def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
@@ -67,7 +68,7 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
 
 
 def token_batches(model: nn.Module, tokens: Tensor, device: torch.device) -> list[Batch]:
-    """Return (sequences, length) token ids as batches of about 4,096 tokens; the split never depends on the machine."""
+    """Return (sequences, length) token ids as batches of about 2,048 tokens; the split depends on neither the machine nor the ranks."""
     size = max(1, _BATCH_TOKENS // tokens.shape[1])
     return [as_batch(model, {"input_ids": part}, device) for part in torch.split(tokens, size)]
 
@@ -79,6 +80,8 @@ def checked_device(name: str) -> torch.device:
         raise UnsupportedError(f"unknown device {name!r}; use cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError("--device cuda: this PyTorch sees no CUDA device; use cpu")
+    if device.type == "cuda" and (number := ranks.device_number()) is not None:  # each rank has a GPU of its own
+        device = torch.device("cuda", number)
     return device
 
 

@@ -6,7 +6,6 @@ stacks belong to the unit of the first block after them.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_fp4 import ranks
 from llm_fp4.calibration import inputs_of, shared_inputs
 from llm_fp4.checkpoint import STORED, RunStore
 from llm_fp4.errors import UnsupportedError
@@ -23,6 +23,7 @@ from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.attention import AttentionSites
 from llm_fp4.pipeline.embeddings import lookups, quantize_embedding, selected_embeddings, stored_table
 from llm_fp4.pipeline.learning import learn_transforms
+from llm_fp4.pipeline.memory import settle
 from llm_fp4.pipeline.rotating import rotated
 from llm_fp4.pipeline.sites import Decided, Linears, decide_site, quantized_layers, selected_linears, split_sites, stored_layer
 from llm_fp4.pipeline.tied import Runs, float_head_gram, parts, shared_heads
@@ -74,7 +75,7 @@ class Job:
                 self._block(unit)
             else:
                 self._tail(unit)
-            gc.collect()  # modules and hooks refer to each other: a block's weights would wait for some later collection
+            settle()
             self.progress("quantize", unit + 1, units)
         for name, module in self.later.items():
             set_module(self.model, name, module)
@@ -150,8 +151,9 @@ class Job:
             self._save_outputs(name)
 
     def _save_outputs(self, name: str) -> None:
-        for i in range(len(self.batches)):
+        for i in ranks.mine(len(self.batches)):
             self.store.outputs.save(name, i, self.runner.run(name, i))
+        ranks.wait()
 
     def _bridge(self, name: str, plans: dict[str, Any]) -> Linears:
         """Quantize the linears outside the blocks that run before the block ``name``; return the quantized ones."""
