@@ -16,6 +16,7 @@ from llm_fp4.kernels import (
     integer_product,
     kronecker,
     quantize_input,
+    quantized_block_linear,
     quantized_linear,
 )
 from llm_fp4.kernels.simulate import fake_quantize_input
@@ -75,7 +76,8 @@ class QuantLinear(PackedModule):
 
     The input is rounded to levels (with the channel shift) and multiplied as integers where int8 limbs and int32
     sums hold the product exactly: every pair of 4-bit formats, the integer grids (E1Mm) of any width, E2M3 and E3M2
-    inputs among the 6-bit formats. Other pairs (E4M3, E5M2, ...) and block scales multiply the decoded values in float32.
+    inputs among the 6-bit formats. Under block scales on both sides integers are summed within a block, and blocks in float32.
+    Other pairs (E4M3, E5M2, ...) multiply the decoded values in float32.
     Without an input spec the input stays as it is (weight-only).
     """
 
@@ -135,16 +137,23 @@ class QuantLinear(PackedModule):
         bias = None if self.bias is None else self.bias.float()
         if spec is not None and self.exact:
             out = self._integer_product(x, rows, spec, bias)
+        elif spec is not None and spec.blocks and self.blocks:
+            f, i, w = spec.format, spec.blocks, self.blocks
+            out = quantized_block_linear(
+                self._transformed(rows, spec), self.input_scale, i.block_size, i.scale_dtype, f.exponent_bits, f.mantissa_bits,
+                self.weight_packed, scale_bytes(self.weight_scale), self.weight_global_scale, bias, w.block_size, w.scale_dtype,
+                fmt.exponent_bits, fmt.mantissa_bits,
+            )  # fmt: skip
         else:
             if spec is not None:
                 rows = fake_quantize_input(
                     self._transformed(rows, spec), spec, self.input_scale, self.input_shift, self.input_smooth
                 )
             if self.blocks is None:
-                out = float_linear(rows.float(), *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
+                out = float_linear(rows, *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
             else:
                 out = block_linear(
-                    rows.float(), self.weight_packed, scale_bytes(self.weight_scale), self.weight_global_scale, bias,
+                    rows, self.weight_packed, scale_bytes(self.weight_scale), self.weight_global_scale, bias,
                     self.blocks.block_size, self.blocks.scale_dtype, fmt.exponent_bits, fmt.mantissa_bits,
                 )  # fmt: skip
         result: Tensor = out.to(x.dtype).view(*x.shape[:-1], self.out_features)
