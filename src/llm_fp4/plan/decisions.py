@@ -114,6 +114,7 @@ class InputPlan:
         shift: (in,) uint8 k with ``step_j = scale * 2**-k_j``, or None.
         smooth: (in,) float32 that divides the input, or None.
         error: squared output error over the output's squared norm, calibration tokens, all operands.
+        clipped: share of the calibration sample's values beyond what a static scale reaches.
     """
 
     name: str
@@ -125,6 +126,7 @@ class InputPlan:
     error: float | None = None
     sink_ratio: float | None = None
     reason: str = ""
+    clipped: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         histogram = None
@@ -132,7 +134,7 @@ class InputPlan:
             histogram = torch.bincount(self.shift.long(), minlength=self.spec.max_shift + 1).tolist()
         return {
             "operands": self.operands, **self.spec.to_json(), "scale": float(self.scale), "shift_histogram": histogram,
-            "error": self.error, "sink_ratio": self.sink_ratio, "reason": self.reason,
+            "error": self.error, "sink_ratio": self.sink_ratio, "reason": self.reason, "clipped": self.clipped,
         }  # fmt: skip
 
 
