@@ -54,19 +54,18 @@ def fed(pieces: list[int], **rules: int) -> tuple[PackedLayer, Tensor, Tensor]:
 def test_the_first_and_the_newest_tokens_are_float_the_others_rounded(pieces: list[int]) -> None:
     made, *_ = fed(pieces)
     keys, values = states()
-    one = torch.zeros(2, 2, 1, 6), torch.zeros(2, 2, 1, 4)
-    got_keys, got_values = made.update(*one)
+    coded = made.key_codes.shape[2]
+    got_keys, got_values = made.update(keys[:, :, :1], values[:, :, :1])
     assert made.get_seq_length() == 61
-    codes = made.codes
-    rounded = fake_quantize(keys, codes.key_scale, codes.spec.key)
-    newest = 60 - made.key_codes.shape[2] - 2  # before the call
-    assert 5 <= newest + 1 <= 5 + FLUSH + 1
-    assert torch.equal(got_keys[:, :, :2], keys[:, :, :2])
-    assert torch.equal(got_keys[:, :, 60 - newest : 60], keys[:, :, 60 - newest :])
-    assert torch.equal(got_keys[:, :, 2 : 60 - newest], rounded[:, :, 2 : 60 - newest])
-    assert not torch.equal(got_values[:, :, 2:40], values[:, :, 2:40])
-    assert (got_values - values.new_zeros(()).expand_as(got_values)).shape == (2, 2, 61, 4)
-    assert torch.allclose(got_values[:, :, :60], values, atol=0.3)
+    assert 5 <= 60 - 2 - coded < 5 + FLUSH
+    rounded = fake_quantize(keys, made.codes.key_scale, made.codes.spec.key)
+    packed, step = made.codes.encode_values(values)
+    near = made.codes.decode_values(packed, step, torch.float32)
+    for got, exact, held in ((got_keys, keys, rounded), (got_values, values, near)):
+        assert torch.equal(got[:, :, :2], exact[:, :, :2])
+        assert torch.equal(got[:, :, 2 : 2 + coded], held[:, :, 2 : 2 + coded])
+        assert torch.equal(got[:, :, 2 + coded : 60], exact[:, :, 2 + coded :])
+        assert not torch.equal(exact[:, :, 2 : 2 + coded], held[:, :, 2 : 2 + coded])
 
 
 def test_a_call_reads_its_own_tokens_in_float() -> None:

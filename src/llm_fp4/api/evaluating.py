@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from llm_fp4.api.loading import Loaded, load_any
 from llm_fp4.errors import CalibrationError
-from llm_fp4.evaluation import Metrics, ZeroShot, clipping_sentence, compare, read_items, read_tokens, score_choices, watch_clipping
+from llm_fp4.evaluation import (
+    Clipped,
+    Metrics,
+    ZeroShot,
+    clipping_sentence,
+    compare,
+    read_items,
+    read_tokens,
+    score_choices,
+    watch_clipping,
+)
 from llm_fp4.evaluation import windows as cut_windows
 from llm_fp4.nn import CacheCodes
 from llm_fp4.progress import Progress, silent
@@ -55,9 +65,12 @@ def evaluate(
         _check_fit(each, tokens, length)
     cut = cut_windows(tokens, length)[:windows]
     chunk = _float_window(model.model) if chunk is None else chunk
-    with watch_clipping(model.model, _calibrated(model) if warn else {}) if warn else nullcontext([]) as clipped:
+    clipped: list[Clipped] = []
+    with ExitStack() as stack:
+        if warn is not None:
+            clipped = stack.enter_context(watch_clipping(model.model, _calibrated(model)))
         metrics = compare(float_model.model if float_model else None, {NAME: model.model}, cut, progress, chunk)
-    if warn and (sentence := clipping_sentence(clipped, length)):
+    if warn is not None and (sentence := clipping_sentence(clipped, length)):
         warn(sentence)
     return metrics
 

@@ -26,6 +26,15 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not ty
     between ``window`` and ``window + FLUSH - 1`` of them, as far as there are so many.
     """
 
+    _NAMES = ("keys", "values", "sink_keys", "sink_values", "key_codes", "value_codes", "value_steps")
+    keys: Any
+    values: Any
+    sink_keys: Any
+    sink_values: Any
+    key_codes: Any
+    value_codes: Any
+    value_steps: Any
+
     def __init__(self, codes: CacheCodes) -> None:
         super().__init__()
         self.codes = codes
@@ -34,9 +43,8 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not ty
     def reset(self) -> None:
         """Forget everything."""
         self.is_initialized = False
-        self.keys = self.values = None
-        self.sink_keys = self.sink_values = None
-        self.key_codes = self.value_codes = self.value_steps = None
+        for name in self._NAMES:
+            setattr(self, name, None)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Make everything empty, shaped after the first states."""
@@ -98,8 +106,6 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not ty
         return sum(t.nbytes for t in self._tensors()) if self.is_initialized else 0
 
     # --- what generation does to a cache ---------------------------------------------------------------
-
-    _NAMES = ("keys", "values", "sink_keys", "sink_values", "key_codes", "value_codes", "value_steps")
 
     def _tensors(self) -> Iterator[Tensor]:
         return (getattr(self, n) for n in self._NAMES)

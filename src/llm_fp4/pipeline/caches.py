@@ -15,6 +15,7 @@ from llm_fp4.recipe import Recipe
 from llm_fp4.search import ProductSample, search_cache
 
 NOT_CAUSAL = "left in float: it sees every token of an encoder, whose keys and values do not grow"
+NO_LAYER = "left in float: it does not keep keys and values in a cache of transformers"
 NOT_WHOLE = "left in float: its cache is a sliding window or another layer's, not all keys and values"
 
 
@@ -38,8 +39,11 @@ def decide_caches(
         if not recipe.selects(full):
             continue
         layer = getattr(module, "layer_idx", None)
-        if whole is not None and isinstance(layer, int) and layer < len(whole) and not whole[layer]:
-            plans[full] = {"reason": NOT_WHOLE}
+        reason = "" if isinstance(layer, int) else NO_LAYER
+        if isinstance(layer, int) and whole is not None and layer < len(whole) and not whole[layer]:
+            reason = NOT_WHOLE
+        if reason:
+            plans[full] = {"reason": reason}
             continue
         rules = recipe.cache
         runs = [partial(run, i) for i in range(batches)]
