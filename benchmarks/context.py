@@ -10,6 +10,7 @@ N bits, which are read back in pieces of 64 tokens, so from position 512 on past
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import statistics
@@ -17,7 +18,7 @@ import time
 from typing import Any
 
 import torch
-from common import WORK, record, smollm2, spread, texts
+from common import HERE, WORK, record, smollm2, spread, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llm_fp4
@@ -64,13 +65,19 @@ def main() -> None:
     arguments.add_argument("--sequences", type=int, default=8)
     arguments.add_argument("--rounds", type=int, default=1)
     arguments.add_argument("--name", default="context")
+    arguments.add_argument("--keep", action="store_true", help="take over the rows that results/NAME.json has already")
     a = arguments.parse_args()
     source = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(source)
     calibration, held_out = texts(tokenizer)
     tokens, text = spread(calibration, a.sequences), held_out.flatten()
     rows: list[dict[str, Any]] = []
+    found_file = HERE / "results" / f"{a.name}.json"
+    kept = {r["row"]: r for r in json.loads(found_file.read_text())["rows"]} if a.keep and found_file.is_file() else {}
     for name in a.rows:
+        if name in kept:
+            rows.append(kept[name])
+            continue
         row, _, chunk = name.partition("@")
         out = WORK / f"context-{row.replace('/', '-').replace(':', '-')}"
         if row == "float":
@@ -88,8 +95,8 @@ def main() -> None:
             "row": name, "perplexity": {n: m["model"].perplexity for n, m in found.items()}, "seconds": time.perf_counter() - start,
             "warnings": warnings, "calibration": f"{len(tokens)} x {tokens.shape[1]} tokens, {a.rounds} round(s)", **cost(loaded.model, text[:SIZE]),
         }  # fmt: skip
-        base = rows[0]["perplexity"] if rows and rows[0]["row"] == "float" else None
-        entry["G"] = {n: math.log(p / base[n]) for n, p in entry["perplexity"].items()} if base else None
+        base = {int(n): p for n, p in rows[0]["perplexity"].items()} if rows and rows[0]["row"] == "float" else {}
+        entry["G"] = {n: math.log(p / base[n]) for n, p in entry["perplexity"].items() if n in base}
         rows.append(entry)
         record(a.name, rows)
         cells = "  ".join(f"{n}: {p:8.2f}" for n, p in entry["perplexity"].items())

@@ -52,7 +52,9 @@ def test_images(llm_fp4: Any, refused: Any, vit: Path) -> None:
     shown = llm_fp4(*asked).stdout
     assert "top-1" in shown
     assert "float reference" in shown
-    assert "--images needs --labels" in refused("eval", vit / "out", "--images", images, code=2)
+    result = llm_fp4("eval", vit / "out", "--images", images)
+    assert result.exit_code == 2
+    assert "--images needs --labels" in result.stderr
     assert "holds images, not audio" in refused("eval", vit / "out", "--audio", images, "--transcripts", labels, "--quiet")
 
 

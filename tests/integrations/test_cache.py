@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 
 import llm_fp4
+from llm_fp4 import api
 from llm_fp4.errors import CheckpointError, UnsupportedError
 from llm_fp4.integrations.cache import FLUSH, PackedLayer, cache_bytes
 from llm_fp4.integrations.decoder import Decoder
@@ -175,6 +176,18 @@ def test_other_caches_are_refused_and_a_filled_one_is_taken_over(tiny_llama: Cal
         Decoder(model)
 
 
+def test_a_cache_alone_leaves_the_model_in_float(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "float")
+    floats = {"embedding": 16, "weight": 16, "activation": 16}
+    rules = Recipe.model_validate({"bits": floats, "cache": {"bits": 8, "window": 8}})
+    model = llm_fp4.load(llm_fp4.quantize(tmp_path / "float", tmp_path / "out", rules, tokens=IDS))
+    with torch.no_grad():
+        expected = tiny_llama(tie_word_embeddings=True)(IDS).logits
+        assert torch.allclose(model(IDS).logits, expected, atol=1e-5)
+        _, cache = continued(model, IDS, None)
+    assert all(isinstance(each, PackedLayer) for each in cache.layers)
+
+
 def test_a_copied_model_keeps_codes_too(tiny_llama: Callable[..., Any]) -> None:
     model = copy.deepcopy(llm_fp4.quantize_module(tiny_llama(), [IDS], recipe()))
     with torch.no_grad():
@@ -201,7 +214,7 @@ def test_damaged_scales_and_exports_are_named(tiny_llama: Callable[..., Any], tm
     tiny_llama().save_pretrained(tmp_path / "float")
     out = llm_fp4.quantize(tmp_path / "float", tmp_path / "out", recipe(), tokens=IDS)
     with pytest.raises(UnsupportedError, match="gguf cannot hold keys and values in codes"):
-        llm_fp4.export(out, tmp_path / "exported", "gguf")
+        api.export(out, tmp_path / "exported", "gguf")
     config = json.loads((out / "config.json").read_text())
     entry = config["quantization_config"]["cache"]["model.layers.1.self_attn"]
     entry["heads"] = 4

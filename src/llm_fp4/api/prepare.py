@@ -62,7 +62,7 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
             raise RecipeError(
                 f"{name} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it"
             )
-    if not anything:
+    if not anything and not recipe.cache_formats():
         raise RecipeError(f"bits {recipe.bits} leave every selected layer in float; give embedding or weight 3 to 8 bits")
     return structure
 
