@@ -13,8 +13,8 @@ from llm_fp4.kernels import hadamard
 from llm_fp4.kernels.simulate import beyond
 from llm_fp4.nn import CACHE, CacheCodes, QuantLinear
 
-FAR = 4.0  # times the share that calibration saw: other text alone stays below twice
-SOME = 1e-3  # of the values; a smaller share says nothing
+FAR = 4.0  # times the share that calibration saw; texts differ, so less says nothing
+SOME = 1e-3  # of the values; a smaller share hurts no one
 
 
 @dataclass
