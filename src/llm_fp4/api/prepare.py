@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llm_fp4 import ranks
 from llm_fp4.errors import RecipeError, UnsupportedError
-from llm_fp4.models import Batch, Structure, find_structure
+from llm_fp4.models import Batch, Structure, find_structure, kept_whole
 from llm_fp4.recipe import Recipe, matches
 
 _BATCH_TOKENS = 2048
@@ -32,6 +32,7 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
         raise UnsupportedError(
             f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing can be quantized block by block"
         )
+    _check_cache(model, recipe)
     recipe.check_patterns([*structure.names(), *structure.others, *structure.floats])
     for pattern in recipe.targets:
         named = [n for n in structure.floats if matches(pattern, n)]
@@ -62,9 +63,23 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
             raise RecipeError(
                 f"{name} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it"
             )
-    if not anything:
+    if not anything and not recipe.cache_formats():
         raise RecipeError(f"bits {recipe.bits} leave every selected layer in float; give embedding or weight 3 to 8 bits")
     return structure
+
+
+def _check_cache(model: nn.Module, recipe: Recipe) -> None:
+    """Raise UnsupportedError where the recipe wants a cache of codes and the model keeps no keys and values, or not all of them."""
+    if not recipe.cache_formats():
+        return
+    generates = getattr(model, "can_generate", None)
+    if generates is not None and not generates():
+        raise UnsupportedError(f"{type(model).__name__} does not generate, so it keeps no keys and values; leave out --cache-bits")
+    if (whole := kept_whole(model)) is not None and not any(whole):
+        raise UnsupportedError(
+            f"every layer of {type(model).__name__} keeps a sliding window or a state instead of all keys and values, "
+            "which is not implemented in codes; leave out --cache-bits"
+        )
 
 
 def token_batches(model: nn.Module, tokens: Tensor, device: torch.device) -> list[Batch]:
@@ -102,11 +117,11 @@ def float32_everywhere(model: nn.Module, device: torch.device) -> Iterator[None]
 
 
 def route_attention(model: nn.Module, recipe: Recipe) -> None:
-    """Let the attention of ``model`` run where its products can be quantized, if the recipe wants that.
+    """Let the attention of ``model`` run where its products can be seen and quantized, if the recipe wants that.
 
     Where the model has no such seam its attention stays in float, and the plan says so.
     """
-    if recipe.attention_formats()[0]:
+    if recipe.attention_formats()[0] or recipe.cache_formats():
         from llm_fp4.integrations.attention import use_quantized_attention
 
         use_quantized_attention(model)

@@ -24,7 +24,7 @@ from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, flo
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError, UnsupportedError
 from llm_fp4.models import Batch, FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
-from llm_fp4.nn import CHILD, QuantEmbedding, share_inputs
+from llm_fp4.nn import CACHE, CHILD, QuantEmbedding, share_inputs
 from llm_fp4.pipeline import Job, parts
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
@@ -162,6 +162,7 @@ def quantize_module(
             set_module(model, name, module)
         for module in model.modules():
             module._modules.pop(CHILD, None)
+            module._modules.pop(CACHE, None)
         if attention is not None:
             cast(Any, model).set_attn_implementation(attention)
         raise
@@ -174,6 +175,12 @@ def quantize_module(
         if isinstance(table := model.get_submodule(name), QuantEmbedding):
             table._dtype = table._dtype.to(dtypes[f"{structure.aliases.get(name, name)}.weight"])
     share_inputs(model)
+    if recipe.cache_formats():
+        from llm_fp4.integrations.cache import keep_in_codes
+
+        keep_in_codes(model)
+        if attention is not None and not recipe.attention_formats()[0]:  # only to look at what attention multiplies
+            cast(Any, model).set_attn_implementation(attention)
     return model
 
 

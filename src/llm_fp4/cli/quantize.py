@@ -33,6 +33,7 @@ def quantize(
     bits: options.BitsOption = None,
     lm_head_bits: options.LmHeadBits = None,
     attention: options.Attention = None,
+    cache_bits: options.CacheBits = None,
     calibration: options.CalibrationSource = None,
     sequences: options.Sequences = None,
     length: options.Length = None,
@@ -70,7 +71,8 @@ def quantize(
     with ranks.joined(device):
         wish = options.recipe_of(
             recipe, bits=bits, lm_head_bits=lm_head_bits, calibration=calibration, sequences=sequences, length=length, ignore=ignore,
-            targets=targets, attention=attention, rounds=rounds, propagation=propagation.value if propagation else None, seed=seed,
+            targets=targets, attention=attention, cache_bits=cache_bits, rounds=rounds, propagation=propagation.value if propagation else None,
+            seed=seed,
         )  # fmt: skip
         import llm_fp4
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.kernels import decoding
-from llm_fp4.nn import QuantLinear
+from llm_fp4.nn import CacheCodes, QuantLinear
 
 _BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
@@ -32,6 +32,7 @@ def check_decoder(model: Any) -> None:
     _require(on_cpu, "the model is not in the memory of the CPU")
     kind = getattr(inner.rotary_emb, "rope_type", "default")
     _require(kind not in ("dynamic", "longrope"), f"its {kind} rotary positions change with the length")
+    _require(not any(isinstance(m, CacheCodes) for m in model.modules()), "its keys and values are kept in codes")
     kinds = getattr(model.config, "layer_types", None)
     windows = getattr(model.config, "sliding_window", None) if kinds is None else set(kinds) - {"full_attention"}
     _require(not windows, "it attends to a sliding window or to another part of the text")

@@ -18,21 +18,22 @@ from llm_fp4 import ranks
 from llm_fp4.calibration import inputs_of, shared_inputs
 from llm_fp4.checkpoint import STORED, RunStore
 from llm_fp4.errors import UnsupportedError
-from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, set_module, weight_shapes
+from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, kept_whole, set_module, weight_shapes
 from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.attention import AttentionSites
+from llm_fp4.pipeline.caches import decide_caches, place_caches
 from llm_fp4.pipeline.embeddings import lookups, quantize_embedding, selected_embeddings, stored_table
 from llm_fp4.pipeline.learning import learn_transforms
 from llm_fp4.pipeline.memory import settle
 from llm_fp4.pipeline.rotating import rotated
 from llm_fp4.pipeline.sites import Decided, Linears, decide_site, quantized_layers, selected_linears, split_sites, stored_layer
 from llm_fp4.pipeline.tied import Runs, float_head_gram, parts, shared_heads
-from llm_fp4.plan import ATTENTION_INPUTS, FixedWeight, WeightPlan
+from llm_fp4.plan import ATTENTION_INPUTS, CACHE_TENSORS, FixedWeight, WeightPlan
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe
 from llm_fp4.transforms import InputTransform
 
-PACKED = (*STORED, *(f"{n}_scale" for n in ATTENTION_INPUTS))  # stored as they are
+PACKED = (*STORED, *(f"{n}_scale" for n in ATTENTION_INPUTS), *CACHE_TENSORS)  # stored as they are
 
 
 @dataclass
@@ -144,6 +145,11 @@ class Job:
             if self.sequential:  # otherwise every site of the block reads what it reads in the float model
                 self._replace(decided.pop())
         attention.decide(None, plans, self.sequential)
+        caches, made = decide_caches(
+            self.model.get_submodule(name), name, self.recipe, run, len(self.batches), kept_whole(self.model)
+        )
+        plans |= {"cache": caches} if caches else {}
+        place_caches(made)
         for site in decided:
             self._replace(site)
         attention.place()

@@ -15,6 +15,7 @@ from llm_fp4.recipe.sections import (
     FLOAT_BITS,
     AttentionRules,
     Bits,
+    CacheRules,
     Calibration,
     InputRules,
     Override,
@@ -67,6 +68,7 @@ class Recipe(Strict):
     weights: WeightRules = WeightRules()
     inputs: InputRules = InputRules()
     attention: AttentionRules = AttentionRules()
+    cache: CacheRules = CacheRules()
     transforms: TransformRules = TransformRules()
     search: SearchRules = SearchRules()
     calibration: Calibration = Calibration()
@@ -173,6 +175,13 @@ class Recipe(Strict):
         given = tuple(parse(f"uint{bits}") if n == "int" else parse(n) for n in names)
         unsigned = tuple(f for f in given if f.bits == bits and not f.signed)
         return signed, unsigned or signed
+
+    def cache_formats(self) -> tuple[FloatFormat, ...]:
+        """Return the candidate formats of cached keys and values; empty where they stay float."""
+        bits, names = self.cache.bits, self.cache.formats
+        if names is None:  # the inputs' are of another width, maybe
+            names = [n for n in self.inputs.formats or [] if n == "int" or parse(n).bits == bits] or None
+        return self._candidates(bits, names, "the cache")
 
     def _candidates(self, bits: int, names: list[str] | None, what: str) -> tuple[FloatFormat, ...]:
         if bits == FLOAT_BITS:

@@ -144,6 +144,22 @@ class AttentionRules(Strict):
     _formats = field_validator("formats")(_check_formats)
 
 
+class CacheRules(Strict):
+    """How the keys and values that a decoder keeps while it writes are held; 16 bits keep them in float.
+
+    Keys have one static scale a head and channel, values a scale a token and head. ``formats``: candidates; None: those of the
+    inputs, or all. ``window``: the newest tokens that stay in float. ``sinks``: the first tokens that do.
+    """
+
+    bits: int = FLOAT_BITS
+    formats: list[str] | None = None
+    window: int = Field(default=64, ge=0)
+    sinks: int = Field(default=4, ge=0)
+
+    _bits = field_validator("bits")(_check_bits)
+    _formats = field_validator("formats")(_check_formats)
+
+
 class SearchRules(Strict):
     """Effort of the search.
 

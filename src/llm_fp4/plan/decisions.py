@@ -123,6 +123,7 @@ class InputPlan:
         smooth: (in,) float32 that divides the input, or None.
         left, right: (a, a) and (b, b) float32 factors of a Kronecker transform, or None.
         error: squared output error over the output's squared norm, calibration tokens, all operands.
+        clipped: share of the calibration sample's values beyond what a static scale reaches.
     """
 
     name: str
@@ -134,6 +135,7 @@ class InputPlan:
     error: float | None = None
     sink_ratio: float | None = None
     reason: str = ""
+    clipped: float | None = None
     left: Tensor | None = None
     right: Tensor | None = None
 
@@ -143,7 +145,7 @@ class InputPlan:
             histogram = torch.bincount(self.shift.long(), minlength=self.spec.max_shift + 1).tolist()
         return {
             "operands": self.operands, **self.spec.to_json(), "scale": float(self.scale), "shift_histogram": histogram,
-            "error": self.error, "sink_ratio": self.sink_ratio, "reason": self.reason,
+            "error": self.error, "sink_ratio": self.sink_ratio, "reason": self.reason, "clipped": self.clipped,
         }  # fmt: skip
 
 
