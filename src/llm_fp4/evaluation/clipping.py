@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llm_fp4.kernels import hadamard
 from llm_fp4.kernels.simulate import beyond
 from llm_fp4.nn import CACHE, CacheCodes, QuantLinear
 
@@ -75,7 +74,7 @@ def _counter(count: list[int]) -> Any:
         spec = module.spec
         assert spec is not None
         rows = args[0].reshape(-1, module.in_features)
-        rows = rows if spec.transform is None else hadamard(rows)
+        rows = module.transformed(rows)
         count[0] += rows.numel()
         count[1] += int(beyond(rows, spec, module.input_scale, module.input_shift, module.input_smooth).sum())
 

@@ -140,14 +140,14 @@ class QuantLinear(PackedModule):
         elif spec is not None and spec.blocks and self.blocks:
             f, i, w = spec.format, spec.blocks, self.blocks
             out = quantized_block_linear(
-                self._transformed(rows, spec), self.input_scale, i.block_size, i.scale_dtype, f.exponent_bits, f.mantissa_bits,
+                self.transformed(rows), self.input_scale, i.block_size, i.scale_dtype, f.exponent_bits, f.mantissa_bits,
                 self.weight_packed, scale_bytes(self.weight_scale), self.weight_global_scale, bias, w.block_size, w.scale_dtype,
                 fmt.exponent_bits, fmt.mantissa_bits,
             )  # fmt: skip
         else:
             if spec is not None:
                 rows = fake_quantize_input(
-                    self._transformed(rows, spec), spec, self.input_scale, self.input_shift, self.input_smooth
+                    self.transformed(rows), spec, self.input_scale, self.input_shift, self.input_smooth
                 )
             if self.blocks is None:
                 out = float_linear(rows, *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
@@ -159,8 +159,9 @@ class QuantLinear(PackedModule):
         result: Tensor = out.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return result
 
-    def _transformed(self, rows: Tensor, spec: InputSpec) -> Tensor:
-        if spec.transform is None:
+    def transformed(self, rows: Tensor) -> Tensor:
+        """Return (tokens, in) rows as they are quantized: after the transform of the input, if it has one."""
+        if self.spec is None or self.spec.transform is None:
             return rows
         if self.input_left is not None and self.input_right is not None:
             return kronecker(rows, self.input_left, self.input_right)
@@ -176,9 +177,9 @@ class QuantLinear(PackedModule):
         weight = (self.weight_packed, self.weight_scale, bias, w.exponent_bits, w.mantissa_bits)
         out: Tensor
         if self.site is None or len(rows) <= _FEW_ROWS:
-            out = quantized_linear(self._transformed(rows, spec), *rounding, *weight)
+            out = quantized_linear(self.transformed(rows), *rounding, *weight)
         else:
-            out = int_linear(*self.site.levels(x, lambda: quantize_input(self._transformed(rows, spec), *rounding)), *weight)
+            out = int_linear(*self.site.levels(x, lambda: quantize_input(self.transformed(rows), *rounding)), *weight)
         return out
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
