@@ -146,9 +146,7 @@ class QuantLinear(PackedModule):
             )  # fmt: skip
         else:
             if spec is not None:
-                rows = fake_quantize_input(
-                    self.transformed(rows), spec, self.input_scale, self.input_shift, self.input_smooth
-                )
+                rows = fake_quantize_input(self.transformed(rows), spec, self.input_scale, self.input_shift, self.input_smooth)
             if self.blocks is None:
                 out = float_linear(rows, *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
             else:
