@@ -9,7 +9,7 @@ from torch import nn
 
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.kernels import decoding
-from llm_fp4.nn import QuantLinear
+from llm_fp4.nn import CacheCodes, QuantLinear
 
 _BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
@@ -32,6 +32,7 @@ def check_decoder(model: Any) -> None:
     _require(on_cpu, "the model is not in the memory of the CPU")
     kind = getattr(inner.rotary_emb, "rope_type", "default")
     _require(kind not in ("dynamic", "longrope"), f"its {kind} rotary positions change with the length")
+    _require(not any(isinstance(m, CacheCodes) for m in model.modules()), "its keys and values are kept in codes")
     kinds = getattr(model.config, "layer_types", None)
     windows = getattr(model.config, "sliding_window", None) if kinds is None else set(kinds) - {"full_attention"}
     _require(not windows, "it attends to a sliding window or to another part of the text")
@@ -50,6 +51,7 @@ def operands_of(module: nn.Module, names: tuple[str, ...], where: str) -> list[Q
         child = getattr(module, name, None)
         _require(isinstance(child, QuantLinear), f"{where}.{name} is not quantized")
         assert isinstance(child, QuantLinear)
+        _require(child.input_left is None, f"the input of {where}.{name} passes a learned transform")
         integers = child.exact and (child.weight_format.bits == 4 or child.weight_format.name == "e1m6")
         weight_only = child.spec is None and child.blocks is None and child.weight_format.bits == 4
         _require(

@@ -14,6 +14,7 @@ from llm_fp4.kernels import (
     hadamard,
     int_linear,
     integer_product,
+    kronecker,
     quantize_input,
     quantized_block_linear,
     quantized_linear,
@@ -32,7 +33,7 @@ class PackedModule(nn.Module):
     ``weight_scale`` is (rows,) float32, or the stored scales of blocks, E4M3 ones with ``weight_global_scale`` () over them.
     """
 
-    kept = ("weight_scale", "weight_global_scale", "input_scale", "input_smooth")
+    kept = ("weight_scale", "weight_global_scale", "input_scale", "input_smooth", "input_left", "input_right")
     weight_packed: Tensor
     weight_scale: Tensor
     weight_global_scale: Tensor | None
@@ -84,6 +85,8 @@ class QuantLinear(PackedModule):
     input_scale: Tensor
     input_shift: Tensor | None
     input_smooth: Tensor | None
+    input_left: Tensor | None
+    input_right: Tensor | None
     site: InputSite | None = None  # shared with the linears that read the same input
 
     def __init__(
@@ -99,6 +102,8 @@ class QuantLinear(PackedModule):
         smooth = torch.ones(in_features, dtype=torch.float32, device=device) if spec and spec.smooth else None
         self.register_buffer("input_shift", shift)
         self.register_buffer("input_smooth", smooth)
+        for name, size in zip(("input_left", "input_right"), (spec and spec.factors) or (0, 0), strict=True):
+            self.register_buffer(name, torch.eye(size, dtype=torch.float32, device=device) if size else None)
 
     @classmethod
     def from_plan(cls, weight: QuantizedTensor, plan: InputPlan | None, bias: Tensor | None) -> QuantLinear:
@@ -115,6 +120,8 @@ class QuantLinear(PackedModule):
             layer.input_scale = plan.scale.clone()
             layer.input_shift = None if plan.shift is None else plan.shift.clone()
             layer.input_smooth = None if plan.smooth is None else plan.smooth.clone()
+            layer.input_left = None if plan.left is None else plan.left.clone()
+            layer.input_right = None if plan.right is None else plan.right.clone()
         return layer
 
     @property
@@ -133,15 +140,13 @@ class QuantLinear(PackedModule):
         elif spec is not None and spec.blocks and self.blocks:
             f, i, w = spec.format, spec.blocks, self.blocks
             out = quantized_block_linear(
-                self._transformed(rows, spec), self.input_scale, i.block_size, i.scale_dtype, f.exponent_bits, f.mantissa_bits,
+                self.transformed(rows), self.input_scale, i.block_size, i.scale_dtype, f.exponent_bits, f.mantissa_bits,
                 self.weight_packed, scale_bytes(self.weight_scale), self.weight_global_scale, bias, w.block_size, w.scale_dtype,
                 fmt.exponent_bits, fmt.mantissa_bits,
             )  # fmt: skip
         else:
             if spec is not None:
-                rows = fake_quantize_input(
-                    self._transformed(rows, spec), spec, self.input_scale, self.input_shift, self.input_smooth
-                )
+                rows = fake_quantize_input(self.transformed(rows), spec, self.input_scale, self.input_shift, self.input_smooth)
             if self.blocks is None:
                 out = float_linear(rows, *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
             else:
@@ -152,9 +157,12 @@ class QuantLinear(PackedModule):
         result: Tensor = out.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return result
 
-    def _transformed(self, rows: Tensor, spec: InputSpec) -> Tensor:
-        if spec.transform is None:
+    def transformed(self, rows: Tensor) -> Tensor:
+        """Return (tokens, in) rows as they are quantized: after the transform of the input, if it has one."""
+        if self.spec is None or self.spec.transform is None:
             return rows
+        if self.input_left is not None and self.input_right is not None:
+            return kronecker(rows, self.input_left, self.input_right)
         mixed: Tensor = hadamard(rows)
         return mixed
 
@@ -167,9 +175,9 @@ class QuantLinear(PackedModule):
         weight = (self.weight_packed, self.weight_scale, bias, w.exponent_bits, w.mantissa_bits)
         out: Tensor
         if self.site is None or len(rows) <= _FEW_ROWS:
-            out = quantized_linear(self._transformed(rows, spec), *rounding, *weight)
+            out = quantized_linear(self.transformed(rows), *rounding, *weight)
         else:
-            out = int_linear(*self.site.levels(x, lambda: quantize_input(self._transformed(rows, spec), *rounding)), *weight)
+            out = int_linear(*self.site.levels(x, lambda: quantize_input(self.transformed(rows), *rounding)), *weight)
         return out
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
