@@ -204,3 +204,54 @@ def test_recipes(llm_fp4: Any, refused: Any, tmp_path: Path) -> None:
     assert load_recipe(str(path)) == load_recipe("minmax-int")
     assert of_json(llm_fp4("recipes", "fpq", "--json"))["method"] == "fpq"
     assert "no recipe 'nothing'" in refused("recipes", "nothing", code=2)
+
+
+TASK = """
+task: odd_questions
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_figures_go_into_the_model_card(
+    llm_fp4: Any, checkpoint: Path, text: Path, tmp_path: Path, refused: Any, source: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is optional")
+    data, folder = tmp_path / "items.jsonl", tmp_path / "tasks"
+    folder.mkdir()
+    items = [{"query": f"How odd is {i}?", "choices": ["odd", "even"], "gold": i % 2} for i in range(6)]
+    data.write_text("\n".join(map(json.dumps, items)))
+    (folder / "odd.yaml").write_text(TASK.format(data=data, cache=tmp_path / "cache"))
+    before = (checkpoint / "README.md").read_text()
+    assert "Nothing was measured yet" in before
+    measured = ["--length", "32", "--windows", "4", "--card", "--quiet", "--json"]
+    result = llm_fp4("eval", checkpoint, "--text", text, "--tasks", "odd_questions", "--include-path", folder, *measured)
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    card = (checkpoint / "README.md").read_text()
+    perplexity = f"| text.txt, windows of 32 tokens | perplexity | {said['text']['model']['perplexity']:.4g} |"
+    assert perplexity in card
+    assert f"| odd_questions | acc | {said['tasks']['odd_questions']['acc']:.4g} |" in card
+    assert card.split("<!--")[0] == before.split("<!--")[0]
+    result = llm_fp4("eval", checkpoint, "--text", text, "--reference", source, *measured)
+    assert result.exit_code == 0, result.output
+    again = (checkpoint / "README.md").read_text()
+    assert again.count("| perplexity |") == 1
+    assert "| odd_questions | acc |" in again
+    assert "KL to the float model" in again
+    assert "is a float model" in refused("eval", source, "--text", text, "--card", "--quiet")
+
+
+def test_inspect_says_what_a_checkpoint_was_made_from(llm_fp4: Any, checkpoint: Path) -> None:
+    made = json.loads((checkpoint / "config.json").read_text())["quantization_config"]["fingerprint"]
+    shown = llm_fp4("inspect", checkpoint).stdout
+    assert f"source {made['source']['sha256'][:12]}, recipe {made['recipe']['sha256'][:12]}" in shown
+    assert f"torch {made['versions']['torch']}" in shown
+    assert json.loads(llm_fp4("inspect", checkpoint, "--json").stdout)["fingerprint"] == made

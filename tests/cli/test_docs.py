@@ -25,7 +25,11 @@ def sections() -> dict[str, str]:
 
 
 def test_every_command_is_there() -> None:
-    assert set(sections()) == {"", *COMMANDS} == {"", "quantize", "eval", "generate", "inspect", "bench", "export", "recipes"}, HINT
+    assert (
+        set(sections())
+        == {"", *COMMANDS}
+        == {"", "quantize", "eval", "generate", "inspect", "bench", "export", "doctor", "recipes"}
+    ), HINT
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))

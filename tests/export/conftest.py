@@ -20,9 +20,9 @@ def quantized(tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path_fact
 
     def make(
         formats: str | None, bits: str = "4/4/4", method: str = "minmax", rules: dict[str, Any] | None = None,
-        inputs: dict[str, Any] | None = None, **config: Any,
+        inputs: dict[str, Any] | None = None, overrides: list[dict[str, Any]] | None = None, **config: Any,
     ) -> Path:  # fmt: skip
-        key = re.sub(r"\W+", "-", f"{formats} {bits} {method} {rules} {inputs} {config}")
+        key = re.sub(r"\W+", "-", f"{formats} {bits} {method} {rules} {inputs} {overrides} {config}")
         kept = tmp_path_factory.getbasetemp() / "exports" / key
         if not kept.exists():
             source = tmp_path_factory.mktemp("float")
@@ -34,7 +34,7 @@ def quantized(tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path_fact
                 "method": method, "search": {"rounds": 1},
                 "bits": {"embedding": embedding, "weight": weight, "activation": activation},
                 "weights": {"formats": None if formats is None else formats.split(), **(rules or {})},
-                "inputs": inputs or {},
+                "inputs": inputs or {}, "overrides": overrides or [],
             })  # fmt: skip
             tokens = torch.randint(2, 258, (2, 32), generator=torch.Generator().manual_seed(0))
             kept.parent.mkdir(exist_ok=True)

@@ -42,6 +42,27 @@ def decompressed(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def in_float32(folder: Path) -> Any:
+    """Return the model as transformers loads it, in float32, its inputs rounded by compressed-tensors where the scheme says so.
+
+    The library decompresses FP4 to bfloat16, which holds these values exactly, and would multiply in it.
+    """
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    dense = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=dense)
+    torch.nn.Module.float(model)
+    for name, module in AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and scheme.input_activations is not None:
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, m=module, s=scheme: (forward_quantize(m, args[0], "input", s.input_activations),)
+            )
+    return model.eval()
+
+
 CASES = {
     "e1m2": ("e1m2", None, "pack-quantized"), "e2m1": ("e2m1", None, "float-quantized"), "e3m0": ("e3m0", None, "float-quantized"),
     "nvfp4": ("e2m1", NVFP4, "nvfp4-pack-quantized"), "mxfp4": ("e2m1", MXFP4, "mxfp4-pack-quantized"),
@@ -54,8 +75,6 @@ def test_weights_are_equal_bit_for_bit_and_load(
     case: str, quantized: Callable[..., Path], values: Any, weight_only: Any, prompts: Any, tmp_path: Path
 ) -> None:
     pytest.importorskip("compressed_tensors", reason=LIBRARY)
-    from transformers import AutoModelForCausalLM
-
     formats, rules, container = CASES[case]
     folder = quantized(formats, "16/4/16", rules=rules)
     made = export(folder, tmp_path / "ct", "compressed-tensors")
@@ -65,9 +84,7 @@ def test_weights_are_equal_bit_for_bit_and_load(
     assert set(found) == set(ours)
     for name in ours:
         assert torch.equal(found[name], ours[name]), name
-    # the library decompresses FP4 to bfloat16, which holds these values exactly
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)
-    torch.nn.Module.float(model)
+    model = in_float32(tmp_path / "ct")
     ids, mask = prompts
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask).logits
@@ -90,6 +107,22 @@ def test_inputs_of_the_same_blocks_are_held(rules: Any, container: str, quantize
     if container == "nvfp4":  # divisors
         assert float(files.get(f"{name}.input_global_scale")) == 1 / float(ours.get(f"{name}.input_scale"))
         assert float(files.get(f"{name}.weight_global_scale")) == 1 / float(ours.get(f"{name}.weight_global_scale"))
+
+
+@pytest.mark.parametrize("rules", [NVFP4, MXFP4])
+def test_inputs_are_rounded_as_ours(rules: Any, quantized: Callable[..., Path], prompts: Any, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason=LIBRARY)
+    folder = quantized("e2m1", "16/4/4", rules=rules, inputs={**rules, "shift": False})
+    export(folder, tmp_path / "ct", "compressed-tensors")
+    model = in_float32(tmp_path / "ct")
+    ids, mask = prompts
+    with torch.no_grad():
+        ours, theirs = (
+            m(input_ids=ids, attention_mask=mask).logits[mask.bool()].double().log_softmax(-1)
+            for m in (llm_fp4.load(folder, dtype=torch.float32), model)
+        )
+    assert (ours.exp() * (ours - theirs)).sum(-1).mean() <= 1e-3
+    assert (ours.argmax(-1) == theirs.argmax(-1)).double().mean() >= 0.99
 
 
 def test_rows_of_several_formats_and_a_tied_head(quantized: Callable[..., Path], tmp_path: Path) -> None:

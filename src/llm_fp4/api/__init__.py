@@ -2,6 +2,7 @@
 
 from llm_fp4.api.activations import SiteActivations, activation_statistics
 from llm_fp4.api.benchmarking import Benchmark, Machine, Speed, benchmark
+from llm_fp4.api.card import add_figures, card_rows
 from llm_fp4.api.estimating import Estimate, estimate
 from llm_fp4.api.evaluating import answer_questions, evaluate, evaluate_contexts
 from llm_fp4.api.exporting import Exported, export, hold
@@ -11,13 +12,16 @@ from llm_fp4.api.inspecting import AttentionReport, CacheReport, Inspection, Lay
 from llm_fp4.api.judging import judge_images, judge_speech, judge_table
 from llm_fp4.api.loading import Loaded, load, load_any
 from llm_fp4.api.quantization import quantize, quantize_module
+from llm_fp4.doctor import Diagnosis, Finding, diagnose
 
 __all__ = [
     "AttentionReport",
     "Benchmark",
     "CacheReport",
+    "Diagnosis",
     "Estimate",
     "Exported",
+    "Finding",
     "Inspection",
     "LayerReport",
     "Loaded",
@@ -25,8 +29,11 @@ __all__ = [
     "SiteActivations",
     "Speed",
     "activation_statistics",
+    "add_figures",
     "answer_questions",
     "benchmark",
+    "card_rows",
+    "diagnose",
     "draw_activations",
     "estimate",
     "evaluate",

@@ -57,7 +57,7 @@ def export(path: str | Path, out: str | Path, to: str, *, progress: Progress = s
 
     Args:
         out: a directory to create.
-        to: one of ``llm_fp4.export.TARGETS``: "openvino", "onnx", "compressed-tensors" or "gguf".
+        to: one of ``llm_fp4.export.TARGETS``: "openvino", "onnx", "compressed-tensors", "gguf" or "humming".
     Raises:
         UnsupportedError: what the target cannot hold, by name; or its library is not installed.
         CheckpointError: the checkpoint is missing or damaged. OutputError: ``out`` exists or cannot be written.

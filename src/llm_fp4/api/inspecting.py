@@ -97,6 +97,7 @@ class Inspection:
         bytes: size of the tensors on disk, or of the parameters in their stored type for a float model.
         float_bytes: of the float model a checkpoint was made from.
         attention: its attention modules, where their products are quantized or were to be.
+        fingerprint: what a checkpoint was made from: source, recipe and data by digest, and versions; None in older ones.
         cache: its attention modules, where their keys and values are kept in codes or were to be.
     """
 
@@ -110,6 +111,7 @@ class Inspection:
     float_bytes: int | None
     layers: list[LayerReport] = field(default_factory=list)
     attention: list[AttentionReport] = field(default_factory=list)
+    fingerprint: dict[str, Any] | None = None
     cache: list[CacheReport] = field(default_factory=list)
 
 
@@ -158,7 +160,7 @@ def _checkpoint(folder: Path) -> Inspection:
     architecture = str((config.get("architectures") or ["unknown"])[0])
     return Inspection(
         str(folder), True, architecture, **described, bytes=size, float_bytes=plan.get("float_bytes"), layers=layers,
-        attention=_attention(folder, plan), cache=_cache(folder, plan),
+        attention=_attention(folder, plan), cache=_cache(folder, plan), fingerprint=quantization.get("fingerprint"),
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +18,11 @@ from torch import Tensor, nn
 
 from llm_fp4 import ranks
 from llm_fp4.api.calibrate import calibration_tokens, whole_float_model
+from llm_fp4.api.card import FILE as CARD
+from llm_fp4.api.card import model_card
 from llm_fp4.api.media import source_batches
 from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, route_attention, token_batches
+from llm_fp4.api.provenance import digest, fingerprint, own_version
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError, UnsupportedError
 from llm_fp4.models import Batch, FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
@@ -28,7 +30,7 @@ from llm_fp4.nn import CACHE, CHILD, QuantEmbedding, share_inputs
 from llm_fp4.pipeline import Job, parts
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
-from llm_fp4.storage import output_error, write_json
+from llm_fp4.storage import output_error, write_json, write_text
 
 STAGE = "open the model"
 
@@ -65,12 +67,12 @@ def quantize(
     given = None if batches is None else [as_batch(opened.model, b, target) for b in batches]
     if given == []:
         raise CalibrationError("no calibration batches were given; pass an iterable of at least one model input")
-    fingerprint = {
+    identity = {
         "source": _fingerprint(opened), "recipe": dump_recipe(recipe), "device": target.type,
-        "calibration data": _data_digest(recipe, tokens, given), "version of torch or llm-fp4": f"{torch.__version__} {_version()}",
+        "calibration data": _data_digest(recipe, tokens, given), "version of torch or llm-fp4": f"{torch.__version__} {own_version()}",
         "number of threads": torch.get_num_threads(),
     }  # fmt: skip
-    store = RunStore(work, fingerprint, len(structure.blocks) + 2)
+    store = RunStore(work, identity, len(structure.blocks) + 2)
     with _keeping_what_is_finished(store):
         _fill(store, opened, structure, recipe, tokens, given, out, target, progress)
     return out
@@ -106,9 +108,15 @@ def _fill(
     route_attention(opened.model, recipe)
     with float32_everywhere(opened.model, target):
         Job(opened.model, structure, opened.source, recipe, batches, store, target, progress).run()
-    description = {"recipe": recipe.name, "method": recipe.method, "bits": str(recipe.bits), "float_bytes": float_bytes}
-    extras = partial(_save_extras, opened)
-    ranks.first(lambda: finish_checkpoint(store, out, config, shapes, dump_recipe(recipe), description, extras))
+    description = {"recipe": recipe.name, "method": recipe.method, "bits": str(recipe.bits)}
+
+    def finish() -> None:
+        made = fingerprint(opened, recipe, store.tokens() if store.tokens() is not None else tokens, batches)
+        card = model_card(opened, description, made, str(config["architectures"][0]))
+        whole = {**description, "float_bytes": float_bytes, "fingerprint": made}
+        finish_checkpoint(store, out, config, shapes, dump_recipe(recipe), whole, partial(_save_extras, opened, card=card))
+
+    ranks.first(finish)
 
 
 @contextmanager
@@ -205,24 +213,10 @@ def _fingerprint(opened: FloatModel) -> str:
 def _data_digest(recipe: Recipe, tokens: Tensor | None, batches: list[Batch] | None) -> str:
     """Return what tells one set of calibration data from another: what was given, or the file's size and time."""
     if tokens is not None or batches is not None:
-        digest = hashlib.sha256()
-        for batch in batches if batches is not None else [{"tokens": tokens}]:
-            for name, value in batch.items():
-                content = (
-                    value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if isinstance(value, Tensor) else value
-                )
-                digest.update(f"{name} ".encode() + (content if isinstance(content, bytes) else str(content).encode()))
-        return digest.hexdigest()
+        return digest(batches if batches is not None else [{"tokens": tokens}])
     source = Path(recipe.calibration.source)
     files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else []
     return " ".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files) or recipe.calibration.source
-
-
-def _version() -> str:
-    try:
-        return version("llm-fp4")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "source"
 
 
 def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:
@@ -234,7 +228,8 @@ def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:
     return config
 
 
-def _save_extras(opened: FloatModel, folder: Path) -> None:
+def _save_extras(opened: FloatModel, folder: Path, card: str) -> None:
+    write_text(folder / CARD, card)
     if opened.tokenizer is not None:
         opened.tokenizer.save_pretrained(folder)
     for name in ("preprocessor_config.json", "processor_config.json"):

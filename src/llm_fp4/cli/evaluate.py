@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ import typer
 from llm_fp4.cli import options
 from llm_fp4.cli.render import print_json, print_table
 from llm_fp4.cli.working import working
-from llm_fp4.errors import CalibrationError
+from llm_fp4.errors import CalibrationError, CheckpointError
 
 
 def evaluate(
@@ -66,7 +67,13 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option("--tasks", metavar="NAME,NAME", show_default=False, help="Tasks of lm-eval (extra: evaluation).")
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAME,NAME",
+            show_default=False,
+            help="Tasks of lm-eval, by name; paper: the six of LLM-FP4 (extra: evaluation).",
+        ),
     ] = None,
     limit: Annotated[
         int | None,
@@ -96,6 +103,18 @@ def evaluate(
     transcripts: Annotated[
         str | None, typer.Option("--transcripts", metavar="FILE", show_default=False, help="Lines of file name, tab, text.")
     ] = None,
+    include_path: Annotated[
+        str | None,
+        typer.Option(
+            "--include-path",
+            metavar="FOLDER",
+            show_default=False,
+            help="Task files (YAML) for --tasks, instead of lm-eval's own; local data.",
+        ),
+    ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Also write the figures into the checkpoint's model card, README.md.")
+    ] = False,
     device: options.Device = "cpu",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -106,6 +125,7 @@ def evaluate(
     Examples:
       llm-fp4 eval smollm-fp4 --text wiki.txt --reference HuggingFaceTB/SmolLM2-135M-Instruct
       llm-fp4 eval smollm-fp4 --text wiki.txt --windows 16 --json
+      llm-fp4 eval smollm-fp4 --tasks paper --card
       llm-fp4 eval smollm-fp4 --text wiki.txt --context 512,2048,8192
       llm-fp4 eval smollm-fp4 --zeroshot arc_easy.jsonl --zeroshot piqa.jsonl
       llm-fp4 eval vit-fp4 --images val --labels labels.tsv --reference ./vit
@@ -117,6 +137,8 @@ def evaluate(
         raise typer.BadParameter("--images needs --labels, and --audio needs --transcripts")
     if text is None and images is None and reference is not None:
         raise typer.BadParameter("--reference compares predictions on a text; add --text")
+    if include_path is not None and not tasks:
+        raise typer.BadParameter("--include-path says where tasks are; name them with --tasks")
     lengths = _lengths(context, text)
     from llm_fp4 import api
     from llm_fp4.evaluation import evaluate_tasks
@@ -125,6 +147,8 @@ def evaluate(
     warnings: list[str] = []
     with working(quiet) as progress:
         loaded = api.load_any(path, device=device, progress=progress)
+        if card and not loaded.quantized:
+            raise CheckpointError(f"{path} is a float model; --card writes into the card of a checkpoint of llm-fp4")
         rules: dict[str, Any] = {"text": text, "chunk": chunk, "device": device, "progress": progress, "warn": warnings.append}
         if text is not None and lengths:
             flat = None if reference is None else api.load_any(reference, device=device, progress=progress)
@@ -143,7 +167,7 @@ def evaluate(
             if loaded.tokenizer is None:
                 raise CalibrationError(f"{path} has no tokenizer, which tasks need; save one beside the model")
             names = [t.strip() for t in tasks.split(",") if t.strip()]
-            result["tasks"] = evaluate_tasks(loaded.model, loaded.tokenizer, names, limit)
+            result["tasks"] = evaluate_tasks(loaded.model, loaded.tokenizer, names, limit, include_path)
         if images is not None and labels is not None:
             flat = None if reference is None else api.load_any(reference, device=device, progress=progress)
             judged = api.judge_images(loaded, images, labels, flat, limit)
@@ -152,6 +176,8 @@ def evaluate(
             result["table"] = api.judge_table(loaded, table, limit)
         if audio is not None and transcripts is not None:
             result["audio"] = api.judge_speech(loaded, audio, transcripts, limit)
+    if card:
+        api.add_figures(Path(path), api.card_rows(result))
     if warnings:
         result["warnings"] = warnings
     if as_json:

@@ -20,6 +20,7 @@ class Target(StrEnum):
     onnx = "onnx"
     compressed_tensors = "compressed-tensors"
     gguf = "gguf"
+    humming = "humming"
 
 
 def export(

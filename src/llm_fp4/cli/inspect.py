@@ -96,7 +96,17 @@ def _head(found: Inspection) -> None:
     disk = ("on disk" if found.quantized else "parameters", size(found.bytes))
     before = [("float model", size(found.float_bytes))] if found.quantized else []
     what = f"{found.recipe} ({found.method}) {found.bits}" if found.quantized else f"{found.recipe} {found.bits} would give"
-    print_facts([("model", f"{found.origin} ({found.architecture})"), ("recipe", what), disk, *before])
+    print_facts([("model", f"{found.origin} ({found.architecture})"), ("recipe", what), disk, *before, *_made(found.fingerprint)])
+
+
+def _made(fingerprint: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Return the lines on what a checkpoint was made from, digests cut to what tells them apart."""
+    if fingerprint is None:
+        return []
+    name = fingerprint["source"].get("name", "")
+    digests = ", ".join(f"{k} {fingerprint[k]['sha256'][:12]}" for k in ("source", "recipe", "data"))
+    versions = ", ".join(f"{k} {v}" for k, v in fingerprint["versions"].items())
+    return [("made from", f"{name} {digests}".strip()), ("made by", versions)]
 
 
 def _quantized(layers: list[LayerReport]) -> None:

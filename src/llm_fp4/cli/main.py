@@ -9,6 +9,7 @@ import typer
 
 from llm_fp4 import __version__, ranks
 from llm_fp4.cli.bench import bench
+from llm_fp4.cli.doctor import doctor
 from llm_fp4.cli.evaluate import evaluate
 from llm_fp4.cli.export import export
 from llm_fp4.cli.failures import Commands, report
@@ -58,6 +59,7 @@ app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("bench")(bench)
 app.command("export")(export)
+app.command("doctor")(doctor)
 app.command("recipes")(recipes)
 
 

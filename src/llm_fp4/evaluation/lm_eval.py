@@ -7,6 +7,10 @@ from typing import Any
 
 from llm_fp4.errors import CalibrationError, UnsupportedError
 
+# the six zero-shot tasks of LLM-FP4, Table 1, all judged by "acc"
+PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
+SIX = "paper"  # what names all of them
+
 
 def evaluate_tasks(
     model: Any, tokenizer: Any, tasks: list[str], limit: int | None = None, include_path: str | Path | None = None,
@@ -16,6 +20,7 @@ def evaluate_tasks(
 
     Args:
         model: a transformers causal model, already loaded. tokenizer: its own.
+        tasks: names; "paper" is the six tasks of LLM-FP4, and the mean of their "acc" is then returned under that name.
         limit: questions a task, all by default.
         include_path: a folder of task files (YAML) to use instead of lm-eval's own; local data needs no network.
     Raises:
@@ -33,6 +38,8 @@ def evaluate_tasks(
     folder = None if include_path is None else str(include_path)
     if folder is not None and not Path(folder).is_dir():
         raise CalibrationError(f"task folder {folder} does not exist; check the path")
+    six = SIX in tasks
+    tasks = list(dict.fromkeys(t for task in tasks for t in (PAPER if task == SIX else (task,))))
     manager = TaskManager(include_path=folder, include_defaults=folder is None)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         known = ", ".join(manager.all_tasks[:10]) + (" ..." if len(manager.all_tasks) > 10 else "")
@@ -49,7 +56,10 @@ def evaluate_tasks(
     finally:
         model.train(training)
     # lm-eval's keys are "metric,filter"
-    return {
+    found = {
         task: {key.split(",")[0]: float(value) for key, value in metrics.items() if isinstance(value, float)}
         for task, metrics in results["results"].items()
     }
+    if six:
+        found[SIX] = {"acc": sum(found[task]["acc"] for task in PAPER) / len(PAPER)}
+    return found

@@ -7,6 +7,7 @@ from llm_fp4.export.weights import PackedWeights
 TARGETS = {
     "openvino": "llm_fp4.export.openvino", "onnx": "llm_fp4.export.onnx",
     "compressed-tensors": "llm_fp4.export.compressed_tensors", "gguf": "llm_fp4.export.gguf",
+    "humming": "llm_fp4.export.humming",
 }  # fmt: skip
 
 __all__ = ["TARGETS", "Holding", "PackedWeights"]
