@@ -62,6 +62,18 @@ class Gram:
     ee: Tensor | None
 
 
+@dataclass(frozen=True)
+class Importance:
+    """How much the squared output errors of a site count: a factor for each token times one for each output.
+
+    Attributes:
+        tokens: (tokens,) float32, their mean 1. outputs: (out,) of each operand, by name.
+    """
+
+    tokens: Tensor
+    outputs: dict[str, Tensor]
+
+
 @dataclass
 class SiteStatistics:
     """Calibration of one input site.
@@ -71,12 +83,14 @@ class SiteStatistics:
         tokens: the input the quantized layer will see (propagated, or the float model's own).
         device: where sums are computed.
         seed: of the token sample.
+        importance: how much each token and output counts in every sum of squared errors; None: all alike.
     """
 
     name: str
     tokens: TokenStore
     device: torch.device
     seed: int = 0
+    importance: Importance | None = None
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield (n, in) rows on the device, in order."""
@@ -99,7 +113,7 @@ class SiteStatistics:
 
     @cached_property
     def gram(self) -> Tensor:
-        """(in, in) X'X of the unquantized input."""
+        """(in, in) X'X of the unquantized input, tokens weighed by their importance."""
         return self._sums(None).qq
 
     def quantized_gram(self, quantize: Callable[[Tensor], Tensor] | None, unit: Tensor | None = None) -> Gram:
@@ -115,30 +129,41 @@ class SiteStatistics:
         n = self.tokens.channels
         qq = torch.zeros(n, n, device=self.device)
         eq, ee = (None, None) if quantize is None else (torch.zeros_like(qq), torch.zeros_like(qq))
-        for rows in self.chunks():
+        weights = None if self.importance is None else self.importance.tokens.sqrt().to(self.device).unsqueeze(1).split(CHUNK)
+        for number, rows in enumerate(self.chunks()):
             q = rows if quantize is None else quantize(rows)
-            if unit is None or q.device.type != "cpu" or min(q.shape) < _INT8_SIDE:
+            e = None if eq is None else rows - q
+            if weights is not None:
+                q = q * weights[number]
+                e = None if e is None else e.mul_(weights[number])
+            if unit is None or weights is not None or q.device.type != "cpu" or min(q.shape) < _INT8_SIDE:
                 qq.addmm_(q.t(), q)
             else:
                 levels = (q * (1.0 / unit)).round_().to(torch.int8)
                 qq.add_(torch._int_mm(levels.t(), levels).float().mul_(unit).mul_(unit))
-            if eq is not None and ee is not None:
-                e = rows - q
+            if e is not None and eq is not None and ee is not None:
                 eq.addmm_(e.t(), q)
                 ee.addmm_(e.t(), e)
         return Gram(qq, eq, ee)
 
+    def outputs(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the (out,) importance of the outputs of each of ``weights``, ones where all are alike."""
+        if self.importance is None:
+            return {n: torch.ones(len(w), device=w.device) for n, w in weights.items()}
+        return {n: self.importance.outputs[n].to(w.device) for n, w in weights.items()}
+
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """Return (s, in) rows and their (s,) weights such that weighted sums estimate sums over all tokens.
 
-        The eighth of the sample with the largest norms is taken whole (few tokens carry most of the energy), the
+        The eighth of the sample with the largest norms (times their importance) is taken whole (few tokens carry most of the energy), the
         rest is drawn uniformly with a fixed seed.
         """
         rows = self.tokens.rows
         total = len(rows)
+        counts = torch.ones(total) if self.importance is None else self.importance.tokens.cpu()
         if total <= count:
-            return rows.to(self.device), torch.ones(total, device=self.device)
-        energy = torch.cat([r.square().sum(1).cpu() for r in self.chunks()])
+            return rows.to(self.device), counts.to(self.device)
+        energy = torch.cat([r.square().sum(1).cpu() for r in self.chunks()]).mul_(counts)
         order = energy.argsort(descending=True, stable=True)
         heavy, light = order[: count // 8], order[count // 8 :].sort().values
         generator = torch.Generator().manual_seed(self.seed)
@@ -146,4 +171,4 @@ class SiteStatistics:
         index = torch.cat((heavy, drawn)).sort().values
         weight = torch.full((total,), len(light) / len(drawn))
         weight[heavy] = 1.0
-        return rows[index].to(self.device), weight[index].to(self.device)
+        return rows[index].to(self.device), (weight * counts)[index].to(self.device)

@@ -66,7 +66,7 @@ def test_sample_error_is_the_output_error(site: SiteStatistics, outputs: int) ->
     rounded = fake_quantize(weight, scale_of_max(weight.abs().amax(1), parse("e2m1"))[:, None], parse("e2m1"))
     rows = site.tokens.rows
     quantized = fake_quantize_input(rows, InputSpec(parse("e2m1")), scale_of_max(rows.abs().amax(), parse("e2m1")), None, None)
-    error = OutputError(rows, torch.ones(len(rows)), weight, rounded)
+    error = OutputError(rows, torch.ones(len(rows)), weight, rounded, torch.ones(len(weight)))
     assert float(error(quantized)) == pytest.approx(output_error(site, weight, rounded, quantized), rel=2e-2)  # bfloat16 ranks
 
 

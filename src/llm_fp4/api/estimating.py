@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llm_fp4.api.fisher import gradient_memory
 from llm_fp4.api.prepare import checked_structure
 from llm_fp4.models import FloatModel, Structure, open_model, weight_shapes
 from llm_fp4.numerics import packed_width
@@ -19,6 +20,7 @@ from llm_fp4.search.shift import shift_limits
 
 # candidates of a scale in the first round and in later ones, of each format in the race (search.grids.Log2Grid)
 _SWEEP, _REFINE, _AGAIN = 7, 6, 8
+_GRADIENTS = 2  # forward passes: one, and the way back to inputs alone
 _BLOCK_CANDIDATES, _JOINT_SWEEPS = 10, 2  # search.block_scales
 
 
@@ -60,8 +62,12 @@ def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, d
             work += _block_work([(shapes[name], recipe.rule(name, head=True))], recipe, tokens)
     # each block runs once to its end, and once to each of its sites, half way on average
     work += forward * (1 + _sites(structure) / 2 if recipe.search.propagation == "sequential" else 1)
+    memory = _memory(opened.model, structure, shapes)
+    if recipe.search.objective == "fisher":
+        work += _GRADIENTS * forward
+        memory = max(memory, gradient_memory(opened.model, structure, recipe.calibration.length))
     return Estimate(
-        _bytes(opened, structure, shapes, recipe), opened.bytes_float, _memory(opened.model, structure, shapes),
+        _bytes(opened, structure, shapes, recipe), opened.bytes_float, memory,
         work / forward, work / _speed(torch.device(device)),
     )  # fmt: skip
 

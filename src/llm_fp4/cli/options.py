@@ -72,7 +72,7 @@ Seed = Annotated[
 def recipe_of(
     name: str, *, bits: str | None = None, lm_head_bits: int | None = None, calibration: str | None = None, sequences: int | None = None,
     length: int | None = None, ignore: list[str] | None = None, targets: list[str] | None = None, rounds: int | None = None,
-    propagation: str | None = None, attention: int | None = None, seed: int | None = None,
+    propagation: str | None = None, objective: str | None = None, attention: int | None = None, seed: int | None = None,
 ) -> Recipe:  # fmt: skip
     """Return the recipe called ``name`` with every option that was given in the place of its field.
 
@@ -85,6 +85,7 @@ def recipe_of(
     given: list[tuple[str, str, Any]] = [
         ("bits", "lm_head", lm_head_bits), ("calibration", "source", calibration), ("calibration", "sequences", sequences),
         ("calibration", "length", length), ("search", "rounds", rounds), ("search", "propagation", propagation),
+        ("search", "objective", objective),
         ("attention", "bits", attention),
     ]  # fmt: skip
     for section, key, value in given:

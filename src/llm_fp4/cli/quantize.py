@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,13 @@ class Propagation(StrEnum):
 
     sequential = "sequential"
     parallel = "parallel"
+
+
+class Objective(StrEnum):
+    """What makes an error small: each output's own, or that times the squared gradient of the model's loss."""
+
+    output = "output"
+    fisher = "fisher"
 
 
 def quantize(
@@ -45,6 +52,14 @@ def quantize(
             "--propagation", show_default=False, help="Calibrate each block on quantized or on float inputs.  [default: sequential]"
         ),
     ] = None,
+    objective: Annotated[
+        Objective | None,
+        typer.Option(
+            "--objective",
+            show_default=False,
+            help="Errors of outputs, or the same weighted by the loss's squared gradient (the float model whole in memory).  [default: output]",
+        ),
+    ] = None,
     seed: options.Seed = None,
     device: options.Device = "cpu",
     plan_only: Annotated[
@@ -65,7 +80,8 @@ def quantize(
     """
     wish = options.recipe_of(
         recipe, bits=bits, lm_head_bits=lm_head_bits, calibration=calibration, sequences=sequences, length=length, ignore=ignore,
-        targets=targets, attention=attention, rounds=rounds, propagation=propagation.value if propagation else None, seed=seed,
+        targets=targets, attention=attention, rounds=rounds, propagation=propagation.value if propagation else None,
+        objective=objective.value if objective else None, seed=seed,
     )  # fmt: skip
     import llm_fp4
 
@@ -74,8 +90,9 @@ def quantize(
         return
     began = time.monotonic()
     try:
+        model = _announced(source, wish) if wish.search.objective == "fisher" and not quiet else source
         with working(quiet) as progress:
-            made = llm_fp4.quantize(source, out, wish, device=device, progress=progress)
+            made = llm_fp4.quantize(model, out, wish, device=device, progress=progress)
             found = llm_fp4.inspect_model(made)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; finished blocks are kept, and the same command continues after them") from None
@@ -97,6 +114,18 @@ def quantize(
         ("layers", f"{len(packed)} quantized, {len(found.layers) - len(packed)} left in float"),
         ("weight formats", _counts(weights)), ("input formats", _counts(inputs)),
     ])  # fmt: skip
+
+
+def _announced(source: str, wish: Recipe) -> Any:
+    """Return the model of a run that differentiates it whole, opened, after saying what memory that takes."""
+    from llm_fp4.api import gradient_memory
+    from llm_fp4.models import find_structure, open_model
+
+    with working(True):
+        opened = open_model(source)
+        need = gradient_memory(opened.model, find_structure(opened.model), wish.calibration.length)
+    typer.echo(f"objective fisher differentiates the whole float model first: about {size(need)} of memory", err=True)
+    return opened
 
 
 def _plan(source: str, wish: Recipe, device: str, as_json: bool) -> None:

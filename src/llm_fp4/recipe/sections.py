@@ -139,12 +139,15 @@ class AttentionRules(Strict):
 class SearchRules(Strict):
     """Effort of the search.
 
+    ``objective``: "output", the squared error of a layer's output, or "fisher", the same times the squared gradient of the
+    model's loss there, for which the float model is differentiated whole, once.
     ``grid``: "log2" around the calibrated maximum, or the "paper"'s multiples of the bias. ``propagation``: inputs through
     the quantized blocks before, or the float model's own. ``compensation``: after the search, choose levels so that
     later columns make up for the errors of earlier ones; ``damping`` is added to its Hessian; ``sweeps`` of coordinate
     descent over levels and scales follow it, from ``starts`` different first scales.
     """
 
+    objective: Literal["output", "fisher"] = "output"
     grid: Literal["log2", "paper"] = "log2"
     rounds: int = Field(default=3, ge=1)
     candidates: int = Field(default=100, ge=2, description="points of the paper grid")

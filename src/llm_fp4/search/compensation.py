@@ -14,7 +14,7 @@ from llm_fp4.plan import FixedWeight, SiteResult, WeightPlan
 from llm_fp4.recipe import SearchRules
 from llm_fp4.search.inputs import InputChoice
 from llm_fp4.search.refine import refine
-from llm_fp4.search.weights import weight_loss
+from llm_fp4.search.weights import energies, weight_loss
 from llm_fp4.statistics import Gram, SiteStatistics
 
 _BLOCK = 128  # columns between two updates of all later columns
@@ -120,6 +120,7 @@ def compensate_site(
     plan = result.input
     choice = None if plan is None else InputChoice(plan.spec, plan.scale, plan.shift, 0.0)
     gram = statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
+    counts = statistics.outputs(weights)
     by_format: dict[FloatFormat, list[str]] = {}
     for n in weights:
         if n not in (fixed or {}):
@@ -131,19 +132,19 @@ def compensate_site(
         start = 0
         for n in names:
             rows = slice(start, start + len(weights[n]))
-            result.rounded[n] = _better_rows(weights[n], values[rows], scale[rows], result.weights[n], gram)
+            result.rounded[n] = _better_rows(weights[n], values[rows], scale[rows], result.weights[n], gram, counts[n])
             start = rows.stop
 
 
-def _better_rows(weight: Tensor, values: Tensor, scale: Tensor, plan: WeightPlan, gram: Gram) -> Tensor:
+def _better_rows(weight: Tensor, values: Tensor, scale: Tensor, plan: WeightPlan, gram: Gram, counts: Tensor) -> Tensor:
     """Return the compensated rows, or the nearest levels for rows where these do less harm; update the plan."""
     nearest = fake_quantize(weight, plan.scale.unsqueeze(1), plan.format)
     crossed = None if gram.eq is None else weight @ gram.eq
     before, after = (weight_loss(weight, v, gram.qq, crossed) for v in (nearest, values))
     if plan.error is not None:
-        base = 0.0 if gram.ee is None else float(((weight @ gram.ee) * weight).double().sum())
-        old = max(float(before.double().sum()) + base, 1e-30)
-        plan.error *= max(float(torch.minimum(before, after).double().sum()) + base, 0.0) / old
+        base = 0.0 if gram.ee is None else float((energies(weight, gram.ee) * counts).sum())
+        old = max(float((before.double() * counts).sum()) + base, 1e-30)
+        plan.error *= max(float((torch.minimum(before, after).double() * counts).sum()) + base, 0.0) / old
     better = after <= before
     plan.scale = torch.where(better, scale, plan.scale)
     return torch.where(better.unsqueeze(1), values, nearest)

@@ -25,11 +25,12 @@ class OutputError:
     it is scored by (in, in) forms, so a vocabulary-sized operand costs no more than a square one.
     """
 
-    def __init__(self, rows: Tensor, row_weight: Tensor, weight: Tensor, quantized: Tensor) -> None:
-        """Args: rows (s, in), row_weight (s,), weight and quantized (out, in) of all operands stacked."""
+    def __init__(self, rows: Tensor, row_weight: Tensor, weight: Tensor, quantized: Tensor, counts: Tensor) -> None:
+        """Args: rows (s, in), row_weight (s,), weight and quantized (out, in) of all operands stacked, counts (out,)."""
         self.rows, self._row_weight = rows, row_weight
         self._quadratic = weight.shape[0] > 2 * weight.shape[1]
-        d = weight - quantized
+        root = counts.sqrt().unsqueeze(1)
+        d, weight = (weight - quantized).mul_(root), weight * root
         pairs = [weight.t() @ weight, d.t() @ weight, d.t() @ d] if self._quadratic else [weight.t(), d.t()]
         self._forms = [as_operand(p.contiguous()) for p in pairs]
 

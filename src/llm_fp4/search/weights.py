@@ -45,24 +45,33 @@ def weight_loss(weight: Tensor, quantized: Tensor, qq: Tensor, crossed: Tensor |
     return inner.mul_(d).sum(1)
 
 
-def output_loss(weight: Tensor, quantized: Tensor, gram: Gram) -> float:
-    """Return the squared output error over all calibration tokens of (out, in) ``weight`` stored as ``quantized``."""
+def energies(weight: Tensor, qq: Tensor) -> Tensor:
+    """Return the (out,) float64 squared outputs of (out, in) ``weight`` over all tokens, for their (in, in) Gram matrix."""
+    return ((weight @ qq) * weight).double().sum(1)
+
+
+def output_loss(weight: Tensor, quantized: Tensor, gram: Gram, counts: Tensor | None = None) -> float:
+    """Return the squared output error over all calibration tokens of (out, in) ``weight`` stored as ``quantized``.
+
+    Args:
+        counts: (out,) how much each output counts; None: all alike.
+    """
     crossed = None if gram.eq is None else weight @ gram.eq
-    loss = weight_loss(weight, quantized, gram.qq, crossed).double().sum()
+    loss = weight_loss(weight, quantized, gram.qq, crossed).double()
     if gram.ee is not None:
-        loss = loss + ((weight @ gram.ee) * weight).double().sum()
-    return max(float(loss), 0.0)
+        loss = loss + energies(weight, gram.ee)
+    return max(float((loss if counts is None else loss * counts).sum()), 0.0)
 
 
 def choose_weight(
     weight: Tensor, gram: Gram, formats: Sequence[FloatFormat], grid: Grid, current: dict[FloatFormat, Tensor] | None = None,
-    row_penalty: float = 0.0,
+    row_penalty: float = 0.0, counts: Tensor | None = None,
 ) -> tuple[WeightChoice, dict[FloatFormat, Tensor]]:  # fmt: skip
     """Return the best format with its scales, and the scales of every format still in the race (the next round's ``current``).
 
     Args:
         weight: (out, in) float32. row_penalty: added times the plain squared row error, for a weight that is an
-            embedding too.
+            embedding too. counts: (out,) how much each row counts where formats are compared.
     """
     crossed = None if gram.eq is None else weight @ gram.eq
     qq = as_operand(gram.qq)
@@ -74,7 +83,9 @@ def choose_weight(
             w = weight[rows]
             quantized = fake_quantize(w, scale[rows].unsqueeze(1), fmt)
             value = weight_loss(w, quantized, qq, None if crossed is None else crossed[rows])
-            parts.append(value if row_penalty == 0 else value.add_((w - quantized).square_().sum(1), alpha=row_penalty))
+            if row_penalty != 0:
+                value.add_((w - quantized).square_().sum(1), alpha=row_penalty)
+            parts.append(value if counts is None else value.mul_(counts[rows]))
         return torch.cat(parts)
 
     losses: dict[FloatFormat, Loss] = {fmt: partial(loss, fmt=fmt) for fmt in formats}
