@@ -29,6 +29,7 @@ RECIPES: dict[str, Recipe] = {
     "MinMax FP 4/4/4": rule("minmax-fp", 4, ignore=["pooler.dense"]),
     "FPQ baseline 4/4/4": rule("fpq-baseline", 4, ignore=["pooler.dense"]),
     "FPQ 4/4/4": rule("fpq", 4, ignore=["pooler.dense"]),
+    "FPQ 4/4/4, Fisher-weighted": rule("fpq", 4, search={"objective": "fisher"}, ignore=["pooler.dense"]),
     "FPQ 4/4/4, unsigned, scale per token": rule(
         "fpq", 4, attention={"unsigned": True}, inputs={"granularity": "per_token"}, ignore=["pooler.dense"]
     ),

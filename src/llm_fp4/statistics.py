@@ -129,7 +129,8 @@ class SiteStatistics:
         n = self.tokens.channels
         qq = torch.zeros(n, n, device=self.device)
         eq, ee = (None, None) if quantize is None else (torch.zeros_like(qq), torch.zeros_like(qq))
-        weights = None if self.importance is None else self.importance.tokens.sqrt().to(self.device).unsqueeze(1).split(CHUNK)
+        roots = None if self.importance is None else self.importance.tokens.sqrt().to(self.device).unsqueeze(1)
+        weights = None if roots is None else torch.split(roots, CHUNK)
         for number, rows in enumerate(self.chunks()):
             q = rows if quantize is None else quantize(rows)
             e = None if eq is None else rows - q

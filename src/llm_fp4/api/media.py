@@ -97,7 +97,8 @@ def source_batches(opened: FloatModel, recipe: Recipe, device: torch.device, who
         model = whole()
         with torch.no_grad():
             for batch in batches:  # teacher forcing on what the float model hears
-                heard: Tensor = model.generate(**batch)
+                # as a tensor alone, Whisper's answer lacks the tokens its decoder begins with
+                heard: Tensor = model.generate(**batch, return_dict_in_generate=True).sequences
                 batch["decoder_input_ids"] = heard[:, : max(1, heard.shape[1] - 1)].to(device)
     return batches
 
@@ -121,7 +122,7 @@ def _table(source: Path, opened: FloatModel, recipe: Recipe, device: torch.devic
 def _label(batches: list[Batch], model: Any, labels: list[str], source: Path) -> None:
     """Put the labels of a table into its batches, as classes or, for a model with one output, as scores."""
     numbers = scores(labels, source) if model.config.num_labels == 1 else class_numbers(labels, model.config.label2id)
-    for batch, part in zip(batches, numbers.split(SIZE), strict=True):
+    for batch, part in zip(batches, torch.split(numbers, SIZE), strict=True):
         batch["labels"] = part.to(batch["input_ids"].device)
 
 

@@ -97,7 +97,7 @@ class _Recorder:
             total = squares.sum(0, dtype=torch.float64).cpu()
             self._outputs[name] = self._outputs[name] + total if name in self._outputs else total
 
-        out.register_hook(note)
+        _when_known(out, note)
         return out
 
     def _product(self, module: nn.Module, which: int, out: Tensor) -> None:
@@ -112,7 +112,7 @@ class _Recorder:
                 def note(gradient: Tensor, place: str = place, here: int = item - part.start) -> None:
                     self._products[place] = gradient[here][:, rows].to("cpu", torch.bfloat16)
 
-                out.register_hook(note)
+                _when_known(out, note)
 
     def found(self) -> dict[str, Tensor]:
         tensors = dict(self._products)
@@ -120,6 +120,11 @@ class _Recorder:
             tokens = torch.cat(parts)
             tensors |= {f"{name}.tokens": tokens, f"{name}.outputs": (self._outputs[name] / max(len(tokens), 1)).float()}
         return tensors
+
+
+def _when_known(out: Tensor, note: Callable[[Tensor], None]) -> None:
+    """Call ``note`` with the gradient at ``out`` once the way back has reached it."""
+    out.register_hook(note)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

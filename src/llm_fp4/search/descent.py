@@ -21,7 +21,8 @@ from llm_fp4.statistics import Gram, SiteStatistics
 def grids(rules: SearchRules) -> tuple[Grid, Grid]:
     """Return the grids of weights and of inputs; inputs may clip far below their maximum, weights hardly do."""
     if rules.grid == "paper":
-        return PaperGrid(rules.candidates), PaperGrid(rules.candidates)
+        paper = PaperGrid(rules.candidates, *rules.gamma)
+        return paper, paper
     return Log2Grid(lowest=-1.25), Log2Grid(lowest=-4.0, coarse=0.5, highest=0.5)
 
 
