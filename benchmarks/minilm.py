@@ -64,7 +64,8 @@ def main() -> None:
     first, second, scores = pairs("dev", options.pairs)
     sides = [sentence_batches(side, None, tokenizer, 128, CPU) for side in (first, second)]
     calibration = sentence_batches(pairs("train", options.calibration)[0], None, tokenizer, 128, CPU)
-    path = HERE / "results" / "minilm.json"
+    result = "minilm" if options.pairs == 1500 else f"minilm-{options.pairs}"
+    path = HERE / "results" / f"{result}.json"
     old = json.loads(path.read_text())["rows"] if path.is_file() else []
     rows = {r["recipe"]: r for r in old if r["pairs"] == options.pairs and r["calibration"] == options.calibration}
     reference = 0.0
@@ -80,7 +81,7 @@ def main() -> None:
             "seconds": round(time.monotonic() - began, 1),
         }  # fmt: skip
         print(f"{name:40s} Spearman {found:.4f}  below float {reference - found:.4f}", flush=True)
-        record("minilm", list(rows.values()))
+        record(result, list(rows.values()))
 
 
 if __name__ == "__main__":
