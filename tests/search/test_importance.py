@@ -26,6 +26,7 @@ def statistics(folder: Path, importance: Importance | None) -> SiteStatistics:
     torch.manual_seed(3)
     store = TokenStore(folder / f"rows-{importance is None}", IN)
     store.append(torch.randn(TOKENS, IN) * torch.exp(torch.randn(IN)))
+    store.settle([TOKENS])
     return SiteStatistics("site", store, torch.device("cpu"), importance=importance)
 
 
@@ -53,15 +54,15 @@ def test_weighted_sums_are_the_plain_sum_over_tokens_and_outputs(tmp_path: Path)
     error = rounded_input(rows, site).double() @ w_hat.double().t() - rows.double() @ w.double().t()
     expected = float((error.square() * counts.tokens.double()[:, None] * counts.outputs["w"].double()).sum())
     gram = site.quantized_gram(lambda x: rounded_input(x, site))
-    assert output_loss(w, w_hat, gram, site.outputs({"w": w})["w"]) == pytest.approx(expected, rel=1e-4)
-    sample = OutputError(*site.sample(TOKENS), w, w_hat, site.outputs({"w": w})["w"])
-    assert float(sample(rounded_input(sample.rows, site))) == pytest.approx(expected, rel=2e-2)  # ranked in bfloat16, perhaps
+    assert output_loss(w, w_hat, gram, site.outputs("w")) == pytest.approx(expected, rel=1e-4)
+    sample = OutputError(*site.sample(TOKENS), [w], [site.outputs("w")]).under([w_hat])
+    assert float(sample(lambda x: rounded_input(x, site))) == pytest.approx(expected, rel=2e-2)  # ranked in bfloat16, perhaps
 
 
 def test_a_smaller_sample_still_estimates_the_weighted_sum(tmp_path: Path) -> None:
     site, w = statistics(tmp_path, importance()), weight()
-    whole, part = (OutputError(*site.sample(n), w, w, torch.ones(OUT)) for n in (TOKENS, 2000))
-    found, expected = (float(e(rounded_input(e.rows, site))) for e in (part, whole))
+    whole, part = (OutputError(*site.sample(n), [w]) for n in (TOKENS, 2000))
+    found, expected = (float(e(lambda x: rounded_input(x, site))) for e in (part, whole))
     assert found == pytest.approx(expected, rel=0.1)
 
 

@@ -20,8 +20,8 @@ from llm_fp4.search.shift import shift_limits
 
 # candidates of a scale in the first round and in later ones, of each format in the race (search.grids.Log2Grid)
 _SWEEP, _REFINE, _AGAIN = 7, 6, 8
-_GRADIENTS = 2  # forward passes: one, and the way back to inputs alone
 _BLOCK_CANDIDATES, _JOINT_SWEEPS = 10, 2  # search.block_scales
+_GRADIENT = 3  # forward passes that one with gradients costs (pipeline.learning)
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,12 @@ def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, d
             work += _block_work([(shapes[name], recipe.rule(name, head=True))], recipe, tokens)
     # each block runs once to its end, and once to each of its sites, half way on average
     work += forward * (1 + _sites(structure) / 2 if recipe.search.propagation == "sequential" else 1)
+    if recipe.transforms.learned:
+        inner = 2.0 * tokens * sum(math.prod(shapes[n]) for n in _inner(structure))
+        work += (_GRADIENT * recipe.transforms.epochs + 2) * inner
     memory = _memory(opened.model, structure, shapes)
     if recipe.search.objective == "fisher":
-        work += _GRADIENTS * forward
+        work += (_GRADIENT - 1) * forward  # inputs alone get a gradient, parameters none
         memory = max(memory, gradient_memory(opened.model, structure, recipe.calibration.length))
     return Estimate(
         _bytes(opened, structure, shapes, recipe), opened.bytes_float, memory,

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_fp4 import ranks
 from llm_fp4.api.calibrate import whole_float_model
 from llm_fp4.api.prepare import float32_everywhere, route_attention
 from llm_fp4.calibration import Part, loss_of, output_gradients, sequences_sampled
+from llm_fp4.errors import UnsupportedError
 from llm_fp4.models import Batch, FloatModel, InMemory, Structure, weight_shapes
 from llm_fp4.progress import Progress
 from llm_fp4.recipe import Recipe
@@ -42,8 +44,10 @@ def model_gradients(
     """Return the squared gradients of the float model ``opened``, read whole for this and freed again.
 
     Raises:
-        CalibrationError: it does not fit the free memory.
+        CalibrationError: it does not fit the free memory. UnsupportedError: several processes share the run.
     """
+    if not ranks.alone():
+        raise UnsupportedError("objective fisher is not implemented for several processes; start one, or use --objective output")
     inside = isinstance(opened.source, InMemory)
     need = gradient_memory(opened.model, structure, recipe.calibration.length)
     whole = opened.model if inside else whole_float_model(

@@ -6,10 +6,12 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from llm_fp4 import ranks
 from llm_fp4.cli import options
 from llm_fp4.cli.failures import Interrupted
 from llm_fp4.cli.render import print_facts, print_json, size
@@ -38,6 +40,7 @@ def quantize(
     bits: options.BitsOption = None,
     lm_head_bits: options.LmHeadBits = None,
     attention: options.Attention = None,
+    cache_bits: options.CacheBits = None,
     calibration: options.CalibrationSource = None,
     sequences: options.Sequences = None,
     length: options.Length = None,
@@ -71,32 +74,44 @@ def quantize(
     """Quantize the model SRC and write the checkpoint OUT.
 
     Options override the recipe's fields. An interrupted run is continued by the same command; its finished blocks lie in OUT.partial.
+    Started by torchrun, N processes share the run and write the same bytes as one with as many threads as each.
 
     \b
     Examples:
       llm-fp4 quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm-fp4
       llm-fp4 quantize ./model out --bits 4/4/8 --calibration text.txt
       llm-fp4 quantize model.gguf out --recipe minmax-int --ignore lm_head
+      torchrun --nproc-per-node 2 -m llm_fp4 quantize ./model out
     """
-    wish = options.recipe_of(
-        recipe, bits=bits, lm_head_bits=lm_head_bits, calibration=calibration, sequences=sequences, length=length, ignore=ignore,
-        targets=targets, attention=attention, rounds=rounds, propagation=propagation.value if propagation else None,
-        objective=objective.value if objective else None, seed=seed,
-    )  # fmt: skip
-    import llm_fp4
+    with ranks.joined(device):
+        wish = options.recipe_of(
+            recipe, bits=bits, lm_head_bits=lm_head_bits, calibration=calibration, sequences=sequences, length=length, ignore=ignore,
+            targets=targets, attention=attention, cache_bits=cache_bits, rounds=rounds, propagation=propagation.value if propagation else None,
+            objective=objective.value if objective else None, seed=seed,
+        )  # fmt: skip
+        import llm_fp4
 
-    if plan_only:
-        _plan(source, wish, device, as_json)
-        return
-    began = time.monotonic()
-    try:
-        model = _announced(source, wish) if wish.search.objective == "fisher" and not quiet else source
-        with working(quiet) as progress:
-            made = llm_fp4.quantize(model, out, wish, device=device, progress=progress)
-            found = llm_fp4.inspect_model(made)
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted; finished blocks are kept, and the same command continues after them") from None
-    seconds = time.monotonic() - began
+        if plan_only:
+            if ranks.leads():
+                _plan(source, wish, device, as_json)
+            return
+        began = time.monotonic()
+        try:
+            announced = wish.search.objective == "fisher" and not quiet and ranks.alone()
+            model = _announced(source, wish) if announced else source
+            with working(quiet or not ranks.leads()) as progress:
+                made = llm_fp4.quantize(model, out, wish, device=device, progress=progress)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; finished blocks are kept, and the same command continues after them") from None
+        if ranks.leads():
+            _print_result(made, out, time.monotonic() - began, as_json)
+
+
+def _print_result(made: Path, out: str, seconds: float, as_json: bool) -> None:
+    """Print what was written, and in how many seconds."""
+    from llm_fp4 import inspect_model
+
+    found = inspect_model(made)
     packed = [layer for layer in found.layers if layer.weight]
     weights = Counter(layer.weight[0] for layer in packed)
     inputs = Counter(layer.input[0] if layer.input else "float" for layer in packed if layer.kind == "linear")

@@ -15,7 +15,7 @@ from llm_fp4.recipe import ModuleRule, Recipe
 from llm_fp4.search.block_compensation import BlockGrid, compensate_blocks
 from llm_fp4.search.block_scales import search_scales
 from llm_fp4.search.inputs import InputChoice, OutputError
-from llm_fp4.search.weights import energies, output_loss
+from llm_fp4.search.weights import output_energy, output_loss
 from llm_fp4.statistics import SiteStatistics
 
 _OCTAVES = 8  # of candidates below the scale of an input's largest magnitude
@@ -45,22 +45,22 @@ def search_blocks(
     second = torch.stack([second_scale(top, f) for f in formats]).amax() if blocks.two_level else None
 
     result, loss, energy = SiteResult(None, {}), 0.0, 0.0
-    counts = statistics.outputs(weights)
     for n, w in weights.items():
-        own = max(float((energies(w, statistics.gram) * counts[n]).sum()), 1e-30)
+        counts = statistics.outputs(n)
+        own = max(output_energy(w, statistics.gram, counts), 1e-30)
         best: tuple[float, WeightPlan] | None = None
         for fmt in rules[n].weight_formats if search else rules[n].weight_formats[:1]:
             scale = neighbour(max_scale(blocks.absmax(w), second, fmt, blocks), 0, blocks)
             if search:
                 scale = search_scales(w, gram, fmt, blocks, scale, second, joint=True)
             plan = WeightPlan(n, fmt, scale, None, blocks, second)
-            lost = output_loss(w, fake_quantize(w, plan.step(w.shape[1]), fmt), gram, counts[n])
+            lost = output_loss(w, fake_quantize(w, plan.step(w.shape[1]), fmt), gram, counts)
             best = (lost, plan) if best is None or lost < best[0] else best
         assert best is not None
         lost, plan = best
         if search and recipe.search.compensation == "gptq":
             values, scale = compensate_blocks(w, gram, BlockGrid(plan.format, blocks, second), recipe.search)
-            if (again := output_loss(w, values, gram, counts[n])) < lost:
+            if (again := output_loss(w, values, gram, counts)) < lost:
                 lost, plan.scale, result.rounded[n] = again, scale, values
         result.weights[n], plan.error = plan, lost / own
         loss, energy = loss + lost, energy + own
@@ -75,15 +75,14 @@ def choose_block_input(
     """Return the format of an input with block scales, and the scale over them that harms the float outputs least."""
     blocks = rule.input_blocks
     assert blocks is not None
-    stacked, counts = torch.cat(list(weights.values())), torch.cat(list(statistics.outputs(weights).values()))
-    error = OutputError(*statistics.sample(sample_tokens), stacked, stacked, counts)
+    error = OutputError(*statistics.sample(sample_tokens), list(weights.values()), [statistics.outputs(n) for n in weights])
     best: InputChoice | None = None
     for fmt in rule.input_formats if search else rule.input_formats[:1]:
         spec, top = InputSpec(fmt, blocks.name), statistics.channel_absmax.amax()
         first = second_scale(top, fmt) if blocks.two_level else torch.ones_like(top)
         for octave in range(_OCTAVES if search and blocks.two_level else 1):
             choice = InputChoice(spec, first * 2.0**-octave, None, float("inf"))
-            choice.loss = float(error(choice.quantize(error.rows)))
+            choice.loss = float(error(choice.quantize))
             best = choice if best is None or choice.loss < best.loss else best
     assert best is not None
     return best

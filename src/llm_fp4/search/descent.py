@@ -6,6 +6,8 @@ matrices (weights) and a token sample (inputs) instead of a forward pass for eve
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from llm_fp4.plan import FixedWeight, InputPlan, InputSpec, SiteResult, WeightPl
 from llm_fp4.recipe import ModuleRule, SearchRules
 from llm_fp4.search.grids import Grid, Log2Grid, PaperGrid
 from llm_fp4.search.inputs import InputChoice, OutputError, choose_input, maximum_choices
-from llm_fp4.search.weights import WeightChoice, choose_weight, energies, output_loss
+from llm_fp4.search.weights import WeightChoice, choose_weight, few_tokens, site_energy, site_losses, total
 from llm_fp4.statistics import Gram, SiteStatistics
 
 
@@ -39,26 +41,27 @@ def descend(
     weight_grid, input_grid = grids(search)
     rule = next(iter(rules.values()))
     fixed = fixed or {}
-    counts = statistics.outputs(weights)
-    energy = {n: float((energies(w, statistics.gram) * counts[n]).sum()) for n, w in weights.items()}
-    total = max(sum(energy.values()), 1e-30)
+    counts = {n: statistics.outputs(n) for n in weights}
+    energy = {n: site_energy(w, statistics, counts[n]) for n, w in weights.items()}
+    total_energy = max(sum(energy.values()), 1e-30)
 
+    few = few_tokens(statistics)
     choice: InputChoice | None = None
     starts = maximum_choices(statistics.channel_absmax, rule, per_token=per_token)
     if starts:
-        rows, row_weight = statistics.sample(search.sample_tokens)
-        stacked, counted = torch.cat(list(weights.values())), torch.cat(list(counts.values()))
         # before any weight is rounded the best input format is the one that hurts the float outputs least
-        exact = OutputError(rows, row_weight, stacked, stacked, counted)
-        choice, _ = choose_input(exact, starts, _fixed_scale())
+        error = OutputError(*statistics.sample(search.sample_tokens), list(weights.values()), list(counts.values()))
+        choice, _ = choose_input(error, starts, _fixed_scale())
     best: tuple[float, InputChoice | None, dict[str, WeightChoice], dict[str, float]] | None = None
     chosen: dict[str, WeightChoice] = {}
     weight_scales: dict[str, dict[FloatFormat, Tensor]] = {}
     input_scales: dict[InputSpec, Tensor] | None = None
+    gram: Gram | None = None
     for _round in range(search.rounds if starts else 1):
+        del gram  # before there is the next: at wide sites these matrices are what memory goes into
         gram = statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
         if best is not None:  # the last round's input, confirmed on all tokens with the weights it was chosen for
-            best = _better(best, (*_score(gram, weights, chosen, counts), choice, chosen))
+            best = _better(best, (*_score(statistics, choice, None if few else gram, weights, chosen), choice, chosen))
         chosen = {}
         for n, w in weights.items():
             if n in fixed:
@@ -66,15 +69,16 @@ def descend(
             else:
                 formats, current = rules[n].weight_formats, weight_scales.get(n)
                 chosen[n], weight_scales[n] = choose_weight(w, gram, formats, weight_grid, current, counts=counts[n])
-        best = _better(best, (*_score(gram, weights, chosen, counts), choice, chosen))
+        best = _better(best, (*_score(statistics, choice, None if few else gram, weights, chosen), choice, chosen))
         if starts:
-            rounded = torch.cat([chosen[n].values(w) for n, w in weights.items()])
-            error = OutputError(rows, row_weight, stacked, rounded, counted)
-            choice, input_scales = choose_input(error, starts, input_grid, input_scales)
+            rounded = error.under([chosen[n].values(w) for n, w in weights.items()])
+            choice, input_scales = choose_input(rounded, starts, input_grid, input_scales)
+            del rounded
     assert best is not None
     if starts:
-        gram = statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
-        best = _better(best, (*_score(gram, weights, chosen, counts), choice, chosen))
+        del gram
+        gram = None if few else statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
+        best = _better(best, (*_score(statistics, choice, gram, weights, chosen), choice, chosen))
     loss, choice, chosen, losses = best
     plans = {
         n: fixed[n].plan if n in fixed else WeightPlan(n, c.format, c.scale, losses[n] / max(energy[n], 1e-30))
@@ -82,7 +86,7 @@ def descend(
     }
     if choice is None:
         return SiteResult(None, plans)
-    plan = InputPlan(name, list(weights), choice.spec, choice.scale, choice.shift, None, loss / total)
+    plan = InputPlan(name, list(weights), choice.spec, choice.scale, choice.shift, None, loss / total_energy)
     return SiteResult(plan, plans)
 
 
@@ -95,10 +99,17 @@ def _better(old: _Scored | None, new: tuple[float, dict[str, float], InputChoice
 
 
 def _score(
-    gram: Gram, weights: dict[str, Tensor], chosen: dict[str, WeightChoice], counts: dict[str, Tensor]
+    statistics: SiteStatistics,
+    choice: InputChoice | None,
+    gram: Gram | None,
+    weights: dict[str, Tensor],
+    chosen: dict[str, WeightChoice],
 ) -> tuple[float, dict[str, float]]:
     """Return the squared output error over all calibration tokens, in sum and for each operand."""
-    losses = {n: output_loss(w, chosen[n].values(w), gram, counts[n]) for n, w in weights.items()}
+    losses = {}
+    for n, w in weights.items():
+        lost = site_losses(w, partial(chosen[n].values, w), statistics, choice, gram)
+        losses[n] = max(total(lost, statistics.outputs(n)), 0.0)
     return sum(losses.values()), losses
 
 
@@ -109,8 +120,8 @@ class _Fixed(WeightChoice):
         super().__init__(fixed.plan.format, fixed.plan.scale, torch.zeros(()))
         self._values = fixed.values
 
-    def values(self, weight: Tensor) -> Tensor:
-        return self._values
+    def values(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        return self._values[rows]
 
 
 def _fixed_scale() -> Grid:
