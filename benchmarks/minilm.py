@@ -29,6 +29,7 @@ RECIPES: dict[str, Recipe] = {
     "MinMax FP 4/4/4": rule("minmax-fp", 4, ignore=["pooler.dense"]),
     "FPQ baseline 4/4/4": rule("fpq-baseline", 4, ignore=["pooler.dense"]),
     "FPQ 4/4/4": rule("fpq", 4, ignore=["pooler.dense"]),
+    "FPQ 4/4/4, Fisher-weighted": rule("fpq", 4, search={"objective": "fisher"}, ignore=["pooler.dense"]),
     "FPQ 4/4/4, unsigned, scale per token": rule(
         "fpq", 4, attention={"unsigned": True}, inputs={"granularity": "per_token"}, ignore=["pooler.dense"]
     ),
@@ -63,7 +64,8 @@ def main() -> None:
     first, second, scores = pairs("dev", options.pairs)
     sides = [sentence_batches(side, None, tokenizer, 128, CPU) for side in (first, second)]
     calibration = sentence_batches(pairs("train", options.calibration)[0], None, tokenizer, 128, CPU)
-    path = HERE / "results" / "minilm.json"
+    result = "minilm" if options.pairs == 1500 else f"minilm-{options.pairs}"
+    path = HERE / "results" / f"{result}.json"
     old = json.loads(path.read_text())["rows"] if path.is_file() else []
     rows = {r["recipe"]: r for r in old if r["pairs"] == options.pairs and r["calibration"] == options.calibration}
     reference = 0.0
@@ -79,7 +81,7 @@ def main() -> None:
             "seconds": round(time.monotonic() - began, 1),
         }  # fmt: skip
         print(f"{name:40s} Spearman {found:.4f}  below float {reference - found:.4f}", flush=True)
-        record("minilm", list(rows.values()))
+        record(result, list(rows.values()))
 
 
 if __name__ == "__main__":

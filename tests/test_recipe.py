@@ -102,3 +102,9 @@ def test_a_shift_range_is_a_word_or_a_small_number() -> None:
     for wrong in (16, -1, "wide"):
         with pytest.raises(ValidationError):
             Recipe.model_validate({"inputs": {"shift_range": wrong}})
+
+
+def test_a_range_of_gamma_begins_with_its_smaller_end() -> None:
+    assert Recipe.model_validate({"search": {"gamma": [0.5, 1.5]}}).search.gamma == (0.5, 1.5)
+    with pytest.raises(ValidationError, match=r"gamma from 1\.2 to 0\.1 is no range"):
+        Recipe.model_validate({"search": {"gamma": [1.2, 0.1]}})

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, repeat
 from pathlib import Path
 
 import torch
@@ -88,6 +88,18 @@ class Gram:
     ee: Tensor | None
 
 
+@dataclass(frozen=True)
+class Importance:
+    """How much the squared output errors of a site count: a factor for each token times one for each output.
+
+    Attributes:
+        tokens: (tokens,) float32, their mean 1. outputs: (out,) of each operand, by name.
+    """
+
+    tokens: Tensor
+    outputs: dict[str, Tensor]
+
+
 @dataclass
 class SiteStatistics:
     """Calibration of one input site.
@@ -97,17 +109,30 @@ class SiteStatistics:
         tokens: the input the quantized layer will see (propagated, or the float model's own).
         device: where sums are computed.
         seed: of the token sample.
+        importance: how much each token and output counts in every sum of squared errors; None: all alike.
     """
 
     name: str
     tokens: TokenStore
     device: torch.device
     seed: int = 0
+    importance: Importance | None = None
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield (n, in) rows on the device, in order."""
         for rows in self.tokens.rows.split(CHUNK):  # type: ignore[no-untyped-call]
             yield rows.to(self.device)
+
+    def roots(self) -> Iterator[Tensor | None]:
+        """Yield (n, 1) square roots of the importance of the tokens of every chunk, None where all are alike."""
+        if self.importance is None:
+            yield from repeat(None, -(-self.tokens.tokens // CHUNK))
+        else:
+            yield from torch.split(self.importance.tokens.sqrt().to(self.device).unsqueeze(1), CHUNK)
+
+    def outputs(self, name: str) -> Tensor | None:
+        """Return the (out,) importance of the outputs of an operand, None where all are alike."""
+        return None if self.importance is None else self.importance.outputs[name].to(self.device)
 
     def check(self) -> None:
         """Raise NonFiniteError naming the site if a calibration value is NaN or infinite."""
@@ -125,7 +150,7 @@ class SiteStatistics:
 
     @cached_property
     def gram(self) -> Tensor:
-        """(in, in) X'X of the unquantized input."""
+        """(in, in) X'X of the unquantized input, tokens weighed by their importance."""
         return self._sums(None).qq
 
     def quantized_gram(self, quantize: Callable[[Tensor], Tensor] | None, unit: Tensor | None = None) -> Gram:
@@ -142,12 +167,14 @@ class SiteStatistics:
         own = ranks.own(n, n)
         qq = torch.zeros(n, n, device=self.device)
         eq, ee = (None, None) if quantize is None else (torch.zeros_like(qq), torch.zeros_like(qq))
-        for rows in self.chunks():
+        for rows, root in zip(self.chunks(), self.roots(), strict=True):
             q = rows if quantize is None else quantize(rows)
             levels: Tensor | None = None
-            if unit is not None and q.device.type == "cpu" and min(q.shape) >= _INT8_SIDE:
+            if unit is not None and root is None and q.device.type == "cpu" and min(q.shape) >= _INT8_SIDE:
                 levels = (q * (1.0 / unit)).round_().to(torch.int8)
             e = None if quantize is None else rows - q
+            if root is not None:
+                q, e = q * root, None if e is None else e.mul_(root)
             for i in own:
                 if levels is None or unit is None:
                     _add_upper(qq, q, i)
@@ -168,14 +195,15 @@ class SiteStatistics:
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """Return (s, in) rows and their (s,) weights such that weighted sums estimate sums over all tokens.
 
-        The eighth of the sample with the largest norms is taken whole (few tokens carry most of the energy), the
+        The eighth of the sample with the largest norms (times their importance) is taken whole (few tokens carry most of the energy), the
         rest is drawn uniformly with a fixed seed.
         """
         rows = self.tokens.rows
         total = len(rows)
+        counts = torch.ones(total) if self.importance is None else self.importance.tokens.cpu()
         if total <= count:
-            return rows.to(self.device), torch.ones(total, device=self.device)
-        energy = torch.cat([r.square().sum(1).cpu() for r in self.chunks()])
+            return rows.to(self.device), counts.to(self.device)
+        energy = torch.cat([r.square().sum(1).cpu() for r in self.chunks()]).mul_(counts)
         order = energy.argsort(descending=True, stable=True)
         heavy, light = order[: count // 8], order[count // 8 :].sort().values
         generator = torch.Generator().manual_seed(self.seed)
@@ -183,7 +211,7 @@ class SiteStatistics:
         index = torch.cat((heavy, drawn)).sort().values
         weight = torch.full((total,), len(light) / len(drawn))
         weight[heavy] = 1.0
-        return rows[index].to(self.device), weight[index].to(self.device)
+        return rows[index].to(self.device), (weight * counts)[index].to(self.device)
 
 
 def _add_upper(sums: Tensor, rows: Tensor, i: slice) -> None:

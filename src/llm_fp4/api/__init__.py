@@ -7,6 +7,7 @@ from llm_fp4.api.estimating import Estimate, estimate
 from llm_fp4.api.evaluating import answer_questions, evaluate, evaluate_contexts
 from llm_fp4.api.exporting import Exported, export, hold
 from llm_fp4.api.figures import draw_activations
+from llm_fp4.api.fisher import gradient_memory
 from llm_fp4.api.generating import generate_text
 from llm_fp4.api.inspecting import AttentionReport, CacheReport, Inspection, LayerReport, inspect_model
 from llm_fp4.api.judging import judge_images, judge_speech, judge_table
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate_contexts",
     "export",
     "generate_text",
+    "gradient_memory",
     "hold",
     "inspect_model",
     "judge_images",

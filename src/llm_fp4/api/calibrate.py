@@ -51,19 +51,21 @@ def _keep(opened: FloatModel, recipe: Recipe, store: RunStore, progress: Progres
     gc.collect()
 
 
-def whole_float_model(opened: FloatModel) -> nn.Module:
-    """Return the float model loaded whole, to write its own calibration text.
+def whole_float_model(
+    opened: FloatModel, need: int | None = None, what: str = "the float model must write its calibration data",
+    remedy: str = "name a text file or a hub data set instead",
+) -> nn.Module:  # fmt: skip
+    """Return the float model loaded whole.
 
+    Args:
+        need: bytes that its use takes, its weights included; None: little more than those. what, remedy: for the message.
     Raises:
         CalibrationError: it does not fit the free memory.
     """
-    need = sum(p.numel() for p in opened.model.parameters()) * 4
+    need = sum(p.numel() for p in opened.model.parameters()) * 4 if need is None else need
     free = _free_memory()
     if free is not None and need * 1.2 > free:
-        raise CalibrationError(
-            f"the float model must write its calibration data, all of it in memory ({need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free); "
-            "name a text file or a hub data set instead"
-        )
+        raise CalibrationError(f"{what}, all of it in memory ({need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free); {remedy}")
     model: nn.Module = cast(Any, type(opened.model)).from_pretrained(opened.folder, dtype=torch.float32)
     return model.eval()
 

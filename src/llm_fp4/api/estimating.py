@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llm_fp4.api.fisher import gradient_memory
 from llm_fp4.api.prepare import checked_structure
 from llm_fp4.models import FloatModel, Structure, open_model, weight_shapes
 from llm_fp4.numerics import packed_width
@@ -64,8 +65,12 @@ def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, d
     if recipe.transforms.learned:
         inner = 2.0 * tokens * sum(math.prod(shapes[n]) for n in _inner(structure))
         work += (_GRADIENT * recipe.transforms.epochs + 2) * inner
+    memory = _memory(opened.model, structure, shapes)
+    if recipe.search.objective == "fisher":
+        work += (_GRADIENT - 1) * forward  # inputs alone get a gradient, parameters none
+        memory = max(memory, gradient_memory(opened.model, structure, recipe.calibration.length))
     return Estimate(
-        _bytes(opened, structure, shapes, recipe), opened.bytes_float, _memory(opened.model, structure, shapes),
+        _bytes(opened, structure, shapes, recipe), opened.bytes_float, memory,
         work / forward, work / _speed(torch.device(device)),
     )  # fmt: skip
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llm_fp4.api.loading import Loaded
-from llm_fp4.api.media import audio_batches, image_batches, longest, processor_of, sentence_batches
+from llm_fp4.api.media import audio_batches, image_batches, longest, processor_of, scores, sentence_batches
 from llm_fp4.calibration import media_files, read_labelled
 from llm_fp4.errors import CalibrationError, UnsupportedError
 from llm_fp4.evaluation import (
@@ -76,13 +75,13 @@ def judge_table(model: Loaded, file: str | Path, limit: int | None = None) -> di
         logits = class_logits(net, sentence_batches(first, second, tokenizer, length, device), model.origin)
         if logits.shape[1] > 1:
             return {**class_metrics(logits.argmax(1), class_numbers([r.label for r in rows], _classes(net))), "n": len(rows)}
-        return {**score_metrics(logits[:, 0], _scores([r.label for r in rows], file)), "n": len(rows)}
+        return {**score_metrics(logits[:, 0], scores([r.label for r in rows], file)), "n": len(rows)}
     if second is None:
         raise UnsupportedError(
             f"{model.origin} has no classification head, and {file} no second sentence to compare the first with"
         )
     vectors = [sentence_vectors(net, sentence_batches(side, None, tokenizer, length, device)) for side in (first, second)]
-    return {**score_metrics(similarities(*vectors), _scores([r.label for r in rows], file)), "n": len(rows)}
+    return {**score_metrics(similarities(*vectors), scores([r.label for r in rows], file)), "n": len(rows)}
 
 
 def judge_speech(model: Loaded, folder: str | Path, transcripts: str | Path, limit: int | None = None) -> dict[str, Any]:
@@ -116,15 +115,6 @@ def _folder(model: Loaded) -> Path:
 def _classes(net: Any) -> dict[str, int] | None:
     found: dict[str, int] | None = getattr(net.config, "label2id", None)
     return found
-
-
-def _scores(labels: list[str], file: str | Path) -> Tensor:
-    try:
-        return torch.tensor([float(x) for x in labels])
-    except ValueError:
-        raise CalibrationError(
-            f"{file} has labels that are no numbers, but the model gives scores; use a classification model"
-        ) from None
 
 
 def _image_labels(path: Path) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llm_fp4.calibration import draw_files, media_files, read_audio, read_image, read_labelled
 from llm_fp4.errors import CalibrationError
+from llm_fp4.evaluation import class_numbers
 from llm_fp4.models import Batch, FloatModel, open_processor
 from llm_fp4.recipe import Recipe
 
@@ -96,7 +97,8 @@ def source_batches(opened: FloatModel, recipe: Recipe, device: torch.device, who
         model = whole()
         with torch.no_grad():
             for batch in batches:  # teacher forcing on what the float model hears
-                heard: Tensor = model.generate(**batch)
+                # as a tensor alone, Whisper's answer lacks the tokens its decoder begins with
+                heard: Tensor = model.generate(**batch, return_dict_in_generate=True).sequences
                 batch["decoder_input_ids"] = heard[:, : max(1, heard.shape[1] - 1)].to(device)
     return batches
 
@@ -109,9 +111,33 @@ def _table(source: Path, opened: FloatModel, recipe: Recipe, device: torch.devic
     kept = torch.randperm(len(rows), generator=generator)[: recipe.calibration.sequences].sort().values.tolist()
     first, second = [rows[i].first for i in kept], [rows[i].second or "" for i in kept]
     length = longest(opened.model, opened.tokenizer, recipe.calibration.length)
-    if any(second) and _has_head(opened.model):
-        return sentence_batches(first, second, opened.tokenizer, length, device)
+    if _has_head(opened.model):
+        batches = sentence_batches(first, second if any(second) else None, opened.tokenizer, length, device)
+        if recipe.search.objective == "fisher":
+            _label(batches, opened.model, [rows[i].label for i in kept], source)
+        return batches
     return sentence_batches([*first, *(s for s in second if s)], None, opened.tokenizer, length, device)
+
+
+def _label(batches: list[Batch], model: Any, labels: list[str], source: Path) -> None:
+    """Put the labels of a table into its batches, as classes or, for a model with one output, as scores."""
+    numbers = scores(labels, source) if model.config.num_labels == 1 else class_numbers(labels, model.config.label2id)
+    for batch, part in zip(batches, torch.split(numbers, SIZE), strict=True):
+        batch["labels"] = part.to(batch["input_ids"].device)
+
+
+def scores(labels: list[str], source: str | Path) -> Tensor:
+    """Return the (n,) float scores that a table's labels are.
+
+    Raises:
+        CalibrationError: a label is no number.
+    """
+    try:
+        return torch.tensor([float(x) for x in labels])
+    except ValueError:
+        raise CalibrationError(
+            f"{source} has labels that are no numbers, but the model gives scores; use a classification model"
+        ) from None
 
 
 def _has_head(model: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from llm_fp4 import ranks
 from llm_fp4.api.calibrate import calibration_tokens, whole_float_model
 from llm_fp4.api.card import FILE as CARD
 from llm_fp4.api.card import model_card
+from llm_fp4.api.fisher import gradients_of, model_gradients
 from llm_fp4.api.media import source_batches
 from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, route_attention, token_batches
 from llm_fp4.api.provenance import digest, fingerprint, own_version
@@ -49,7 +50,7 @@ def quantize(
         recipe: a Recipe, a named recipe or a YAML file.
         tokens: (sequences, length) int64 to calibrate on, instead of the recipe's calibration source.
         batches: model inputs to calibrate on instead, each a mapping of keyword arguments or one tensor for the first
-            argument; images and audio as the model's processor makes them.
+            argument; images and audio as the model's processor makes them. Objective "fisher" takes their "labels".
         device: where the search computes, "cuda" say.
     Raises:
         RecipeError, SourceError, CalibrationError, OutputError: each names the remedy.
@@ -105,9 +106,14 @@ def _fill(
         batches = None if batches is None else [as_batch(opened.model, b, target) for b in batches]
     if batches is None:
         batches = token_batches(opened.model, calibration_tokens(opened, recipe, store, progress, tokens), target)
+    gradients = None
+    if recipe.search.objective == "fisher":
+        if store.gradients() is None:
+            store.keep_gradients(model_gradients(opened, structure, recipe, batches, target, progress))
+        gradients = store.gradients()
     route_attention(opened.model, recipe)
     with float32_everywhere(opened.model, target):
-        Job(opened.model, structure, opened.source, recipe, batches, store, target, progress).run()
+        Job(opened.model, structure, opened.source, recipe, batches, store, target, progress, gradients=gradients).run()
     description = {"recipe": recipe.name, "method": recipe.method, "bits": str(recipe.bits)}
 
     def finish() -> None:
@@ -164,7 +170,9 @@ def quantize_module(
     try:
         with float32_everywhere(model, device), tempfile.TemporaryDirectory() as folder:
             store = RunStore(Path(folder), {}, len(structure.blocks) + 2)
-            Job(model, structure, InMemory(model), recipe, prepared, store, device, progress, keep=True).run()
+            fisher = recipe.search.objective == "fisher"
+            gradients = gradients_of(model, structure, recipe, prepared, progress) if fisher else None
+            Job(model, structure, InMemory(model), recipe, prepared, store, device, progress, keep=True, gradients=gradients).run()
     except BaseException:
         for name, module in originals.items():  # all or nothing
             set_module(model, name, module)

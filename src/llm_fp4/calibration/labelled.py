@@ -37,7 +37,7 @@ def read_labelled(path: str | Path, limit: int | None = None) -> list[Labelled]:
     tab = file.suffix.lower() == ".tsv"
     csv.field_size_limit(1 << 24)
     try:
-        with file.open(encoding="utf-8", newline="") as stream:
+        with file.open(encoding="utf-8-sig", newline="") as stream:  # spreadsheets write a byte order mark
             rows = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(stream))
     except (UnicodeDecodeError, csv.Error) as error:
         raise CalibrationError(f"{file} is not a table of text ({error}); save it as UTF-8 with tabs or commas") from None

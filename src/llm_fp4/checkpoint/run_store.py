@@ -126,6 +126,15 @@ class RunStore:
         path = self.state / "tokens.safetensors"
         return _tensors(path, self.folder)["tokens"] if path.is_file() else None
 
+    def keep_gradients(self, gradients: dict[str, Tensor]) -> None:
+        """Store the gradients of the float model."""
+        write_tensors(self.state / "gradients.safetensors", gradients)
+
+    def gradients(self) -> dict[str, Tensor] | None:
+        """Return the gradients stored earlier, over the file's pages, or None."""
+        path = self.state / "gradients.safetensors"
+        return _tensors(path, self.folder) if path.is_file() else None
+
     def plans(self) -> list[dict[str, Any]]:
         """Return the plans of all finished units, in order."""
         return [json.loads((self.state / f"plan-{unit:05d}.json").read_text()) for unit in range(self.done)]

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,13 @@ class Propagation(StrEnum):
 
     sequential = "sequential"
     parallel = "parallel"
+
+
+class Objective(StrEnum):
+    """What makes an error small: each output's own, or that times the squared gradient of the model's loss."""
+
+    output = "output"
+    fisher = "fisher"
 
 
 def quantize(
@@ -46,6 +53,14 @@ def quantize(
         Propagation | None,
         typer.Option(
             "--propagation", show_default=False, help="Calibrate each block on quantized or on float inputs.  [default: sequential]"
+        ),
+    ] = None,
+    objective: Annotated[
+        Objective | None,
+        typer.Option(
+            "--objective",
+            show_default=False,
+            help="Errors of outputs, or the same weighted by the loss's squared gradient (the float model whole in memory).  [default: output]",
         ),
     ] = None,
     seed: options.Seed = None,
@@ -72,7 +87,7 @@ def quantize(
         wish = options.recipe_of(
             recipe, bits=bits, lm_head_bits=lm_head_bits, calibration=calibration, sequences=sequences, length=length, ignore=ignore,
             targets=targets, attention=attention, cache_bits=cache_bits, rounds=rounds, propagation=propagation.value if propagation else None,
-            seed=seed,
+            objective=objective.value if objective else None, seed=seed,
         )  # fmt: skip
         import llm_fp4
 
@@ -82,8 +97,10 @@ def quantize(
             return
         began = time.monotonic()
         try:
+            announced = wish.search.objective == "fisher" and not quiet and ranks.alone()
+            model = _announced(source, wish) if announced else source
             with working(quiet or not ranks.leads()) as progress:
-                made = llm_fp4.quantize(source, out, wish, device=device, progress=progress)
+                made = llm_fp4.quantize(model, out, wish, device=device, progress=progress)
         except KeyboardInterrupt:
             raise Interrupted("interrupted; finished blocks are kept, and the same command continues after them") from None
         if ranks.leads():
@@ -112,6 +129,18 @@ def _print_result(made: Path, out: str, seconds: float, as_json: bool) -> None:
         ("layers", f"{len(packed)} quantized, {len(found.layers) - len(packed)} left in float"),
         ("weight formats", _counts(weights)), ("input formats", _counts(inputs)),
     ])  # fmt: skip
+
+
+def _announced(source: str, wish: Recipe) -> Any:
+    """Return the model of a run that differentiates it whole, opened, after saying what memory that takes."""
+    from llm_fp4.api import gradient_memory
+    from llm_fp4.models import find_structure, open_model
+
+    with working(True):
+        opened = open_model(source)
+        need = gradient_memory(opened.model, find_structure(opened.model), wish.calibration.length)
+    typer.echo(f"objective fisher differentiates the whole float model first: about {size(need)} of memory", err=True)
+    return opened
 
 
 def _plan(source: str, wish: Recipe, device: str, as_json: bool) -> None:

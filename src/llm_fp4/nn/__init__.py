@@ -1,6 +1,6 @@
 """Quantized layers, and their exchange for float ones by name."""
 
-from llm_fp4.nn.attention import CHILD, AttentionProducts, attend, watching
+from llm_fp4.nn.attention import CHILD, AttentionProducts, attend, listening, watching
 from llm_fp4.nn.cache import CACHE, CACHE_STEP, CacheCodes
 from llm_fp4.nn.embedding import QuantEmbedding
 from llm_fp4.nn.linear import PackedModule, QuantLinear
@@ -9,5 +9,5 @@ from llm_fp4.nn.replace import borrow_weight, replace_module, share_inputs, shar
 
 __all__ = [
     "CACHE", "CACHE_STEP", "CHILD", "AttentionProducts", "CacheCodes", "PackedModule", "QuantEmbedding", "QuantLinear", "attend", "borrow_weight",
-    "is_linear", "linear_shape", "linear_weight", "replace_module", "share_inputs", "share_weight", "watching",
+    "is_linear", "linear_shape", "linear_weight", "listening", "replace_module", "share_inputs", "share_weight", "watching",
 ]  # fmt: skip

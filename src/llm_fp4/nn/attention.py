@@ -22,7 +22,10 @@ _PRODUCTS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, tor
 
 Watcher = Callable[[nn.Module, int, Tensor, Tensor, "Tensor | None"], None]
 """Told of every product: the attention module, 0 or 1, both inputs as multiplied, and the additive mask."""
+Listener = Callable[[nn.Module, int, Tensor], None]
+"""Told of every product's result: the attention module, 0 or 1, the result."""
 _watchers: list[Watcher] = []
+_listeners: list[Listener] = []
 
 
 class AttentionProducts(nn.Module):
@@ -92,7 +95,10 @@ class _Intercept(TorchFunctionMode):
         products = self.module._modules.get(CHILD)
         if products is not None:
             first, second = cast(AttentionProducts, products).rounded(which, first, second)
-        return func(first, second, *args[2:], **(kwargs or {}))
+        result = func(first, second, *args[2:], **(kwargs or {}))
+        for listener in _listeners:
+            listener(self.module, which, result)
+        return result
 
 
 def attend(attention: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +107,7 @@ def attend(attention: Callable[..., Any], module: nn.Module, *args: Any, **kwarg
     Args:
         args: query, key, value and mask, each as the model passes it.
     """
-    if not _watchers and CHILD not in module._modules:
+    if not _watchers and not _listeners and CHILD not in module._modules:
         return attention(module, *args, **kwargs)
     mask = args[3] if len(args) > 3 else kwargs.get("attention_mask")
     with _Intercept(module, mask):
@@ -116,3 +122,13 @@ def watching(watcher: Watcher) -> Iterator[None]:
         yield
     finally:
         _watchers.remove(watcher)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell ``listener`` of the result of every attention product while the block holds."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llm_fp4.calibration import attention_order, collect_product
 from llm_fp4.nn import CHILD, AttentionProducts
@@ -23,12 +23,15 @@ class AttentionSites:
 
     Args:
         linears: those of the block that are quantized. run: runs the block on the batch of a number.
+        gradients: of the loss at the products, where errors count by them.
     """
 
     def __init__(
-        self, block: nn.Module, name: str, recipe: Recipe, linears: Linears, run: Callable[[int], object], batches: int
-    ) -> None:
+        self, block: nn.Module, name: str, recipe: Recipe, linears: Linears, run: Callable[[int], object], batches: int,
+        gradients: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.block, self.name, self.recipe, self.run, self.batches = block, name, recipe, run, batches
+        self.gradients = gradients or {}
         self.waiting: list[tuple[str, set[str]]] = []
         self.later: list[tuple[nn.Module, AttentionProducts]] = []
         self.wanted = bool(recipe.attention_formats()[0])
@@ -58,14 +61,19 @@ class AttentionSites:
             products = AttentionProducts()
             if at_once:
                 module.add_module(CHILD, products)
-            decisions[self._full(name)] = [self._product(module, products, which) for which in (0, 1)]
+            decisions[self._full(name)] = [self._product(name, module, products, which) for which in (0, 1)]
             if not at_once:
                 self.later.append((module, products))
 
-    def _product(self, module: nn.Module, products: AttentionProducts, which: int) -> dict[str, Any]:
+    def _product(self, name: str, module: nn.Module, products: AttentionProducts, which: int) -> dict[str, Any]:
         recipe = self.recipe
+
+        def gradient(batch: int, item: int) -> Tensor | None:
+            return self.gradients.get(f"{self._full(name)}.{which}.{batch}.{item}")
+
         signed, probabilities = recipe.attention_formats()
-        pairs = collect_product(module, which, [partial(self.run, i) for i in range(self.batches)], recipe.search.sample_tokens)
+        runs = [partial(self.run, i) for i in range(self.batches)]
+        pairs = collect_product(module, which, runs, recipe.search.sample_tokens, gradient)
         sample = ProductSample([a for a, _, _ in pairs], [b for _, b, _ in pairs], [c for _, _, c in pairs])
         formats = (probabilities if which else signed, signed)
         search = recipe.search if recipe.method.startswith("fpq") else None

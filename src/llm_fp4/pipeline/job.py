@@ -6,7 +6,7 @@ stacks belong to the unit of the first block after them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ class Job:
 
     Attributes:
         batches: keyword arguments of the model; "attention_mask" (batch, tokens) marks padding.
+        gradients: of the float model's loss (see ``calibration.output_gradients``), None where all errors count alike.
         keep: leave every quantized module in the model (an in-memory run); otherwise blocks return to the meta device.
     """
 
@@ -54,6 +55,7 @@ class Job:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = silent
     keep: bool = False
+    gradients: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.runner = BlockRunner(self.model, self.structure.stacks, self.batches, self.store.outputs.load)
@@ -134,7 +136,9 @@ class Job:
         run = partial(self.runner.run, name)
         if not self.sequential:
             self._save_outputs(name)
-        attention = AttentionSites(self.model.get_submodule(name), name, self.recipe, selected, run, len(self.batches))
+        attention = AttentionSites(
+            self.model.get_submodule(name), name, self.recipe, selected, run, len(self.batches), self.gradients
+        )
         decided = []
         groups = split_sites(shared_inputs(selected, lambda: run(0)), selected, self.recipe)
         learned = self.recipe.transforms.learned
@@ -234,7 +238,17 @@ class Job:
         shared = {n: self.shared_head[n] for n in group if head and n in self.shared_head}
         fixed = {n: self._stored_embedding(n, embedding) for n, embedding in shared.items()}
         decided = decide_site(
-            group, selected, self._runs(run), self.recipe, fixed, plans, self.store.scratch, self.device, head, transform
+            group,
+            selected,
+            self._runs(run),
+            self.recipe,
+            fixed,
+            plans,
+            self.store.scratch,
+            self.device,
+            head,
+            transform,
+            self.gradients,
         )
         for n, embedding in shared.items():
             plans["weights"][n]["tied_to"] = embedding

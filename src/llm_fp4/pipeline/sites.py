@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from llm_fp4.checkpoint import site_spec
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.nn import QuantLinear, linear_weight
 from llm_fp4.numerics import PerBlock, parse, parse_granularity, quantize_tensor, require_finite
+from llm_fp4.pipeline.importance import site_importance
 from llm_fp4.pipeline.tied import Runs
 from llm_fp4.plan import FixedWeight, SiteResult
 from llm_fp4.recipe import Recipe
@@ -71,11 +73,13 @@ class Decided:
 def decide_site(
     group: list[str], selected: Linears, runs: Runs, recipe: Recipe, fixed: dict[str, FixedWeight], plans: dict[str, Any],
     folder: Path, device: torch.device, head: bool = False, transform: InputTransform | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
 ) -> Decided:  # fmt: skip
     """Return the decision of one site, after its inputs were collected; ``plans`` gains its JSON.
 
     Args:
         fixed: operands whose weight is decided already. folder: for the rows. transform: of the input, as it arrives.
+        gradients: of the loss at the operands' outputs, where errors count by them.
     """
     name = group[0]
     weights = {n: linear_weight(selected[n]).float() for n in group}
@@ -87,7 +91,8 @@ def decide_site(
     if transform is not None:
         weights = {n: transform.weight(w) for n, w in weights.items()}
     stores = collect({name: selected[name]}, runs, folder, transform.rows if transform is not None else None)
-    statistics = SiteStatistics(name, stores[name], device, recipe.seed ^ zlib.crc32(name.encode()))
+    importance = None if gradients is None else site_importance(gradients, weights, stores[name].tokens)
+    statistics = SiteStatistics(name, stores[name], device, recipe.seed ^ zlib.crc32(name.encode()), importance)
     result = search_site(name, weights, statistics, rules, recipe, fixed)
     stores[name].delete()
     if transform is not None and result.input is not None:

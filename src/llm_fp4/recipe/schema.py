@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llm_fp4.errors import RecipeError
 from llm_fp4.numerics import FloatFormat, PerBlock, formats_of_width, parse
@@ -76,6 +76,15 @@ class Recipe(Strict):
     ignore: list[str] = Field(default=[])
     overrides: list[Override] = Field(default=[])
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Recipe:
+        if self.search.objective == "fisher":
+            if self.method in ("minmax", "smoothquant"):
+                raise ValueError(f"search.objective fisher weighs a search, and method {self.method} has none; use fpq")
+            if self.transforms.rotation != "none":
+                raise ValueError("search.objective fisher is not implemented with transforms.rotation; leave one of them out")
+        return self
 
     def selects(self, name: str) -> bool:
         """Return whether the module called ``name`` is to be quantized."""

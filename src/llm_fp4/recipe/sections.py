@@ -163,21 +163,33 @@ class CacheRules(Strict):
 class SearchRules(Strict):
     """Effort of the search.
 
-    ``grid``: "log2" around the calibrated maximum, or the "paper"'s multiples of the bias. ``propagation``: inputs through
+    ``objective``: "output", the squared error of a layer's output, or "fisher", the same times the squared gradient of the
+    model's loss there, for which the float model is differentiated whole, once.
+    ``grid``: "log2" around the calibrated maximum, or the "paper"'s multiples of the bias, from the first ``gamma`` to the
+    second. ``propagation``: inputs through
     the quantized blocks before, or the float model's own. ``compensation``: after the search, choose levels so that
     later columns make up for the errors of earlier ones; ``damping`` is added to its Hessian; ``sweeps`` of coordinate
     descent over levels and scales follow it, from ``starts`` different first scales.
     """
 
+    objective: Literal["output", "fisher"] = "output"
     grid: Literal["log2", "paper"] = "log2"
     rounds: int = Field(default=3, ge=1)
     candidates: int = Field(default=100, ge=2, description="points of the paper grid")
+    gamma: tuple[float, float] = (0.01, 1.2)
     sample_tokens: int = Field(default=1024, ge=16)
     propagation: Literal["sequential", "parallel"] = "sequential"
     compensation: Literal["none", "gptq"] = "none"
     damping: float = Field(default=0.03, gt=0, lt=1)
     sweeps: int = Field(default=4, ge=0)
     starts: int = Field(default=3, ge=1, le=5)
+
+    @field_validator("gamma")
+    @classmethod
+    def _check_gamma(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] < value[1]:
+            raise ValueError(f"gamma from {value[0]} to {value[1]} is no range; write the smaller first")
+        return value
 
 
 class Calibration(Strict):

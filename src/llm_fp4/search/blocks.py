@@ -46,20 +46,21 @@ def search_blocks(
 
     result, loss, energy = SiteResult(None, {}), 0.0, 0.0
     for n, w in weights.items():
-        own = max(output_energy(w, statistics.gram), 1e-30)
+        counts = statistics.outputs(n)
+        own = max(output_energy(w, statistics.gram, counts), 1e-30)
         best: tuple[float, WeightPlan] | None = None
         for fmt in rules[n].weight_formats if search else rules[n].weight_formats[:1]:
             scale = neighbour(max_scale(blocks.absmax(w), second, fmt, blocks), 0, blocks)
             if search:
                 scale = search_scales(w, gram, fmt, blocks, scale, second, joint=True)
             plan = WeightPlan(n, fmt, scale, None, blocks, second)
-            lost = output_loss(w, fake_quantize(w, plan.step(w.shape[1]), fmt), gram)
+            lost = output_loss(w, fake_quantize(w, plan.step(w.shape[1]), fmt), gram, counts)
             best = (lost, plan) if best is None or lost < best[0] else best
         assert best is not None
         lost, plan = best
         if search and recipe.search.compensation == "gptq":
             values, scale = compensate_blocks(w, gram, BlockGrid(plan.format, blocks, second), recipe.search)
-            if (again := output_loss(w, values, gram)) < lost:
+            if (again := output_loss(w, values, gram, counts)) < lost:
                 lost, plan.scale, result.rounded[n] = again, scale, values
         result.weights[n], plan.error = plan, lost / own
         loss, energy = loss + lost, energy + own
@@ -74,7 +75,7 @@ def choose_block_input(
     """Return the format of an input with block scales, and the scale over them that harms the float outputs least."""
     blocks = rule.input_blocks
     assert blocks is not None
-    error = OutputError(*statistics.sample(sample_tokens), list(weights.values()))
+    error = OutputError(*statistics.sample(sample_tokens), list(weights.values()), [statistics.outputs(n) for n in weights])
     best: InputChoice | None = None
     for fmt in rule.input_formats if search else rule.input_formats[:1]:
         spec, top = InputSpec(fmt, blocks.name), statistics.channel_absmax.amax()

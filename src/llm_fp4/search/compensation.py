@@ -20,7 +20,7 @@ from llm_fp4.recipe import SearchRules
 from llm_fp4.search.factor import Factor, Feedback, damped
 from llm_fp4.search.inputs import InputChoice
 from llm_fp4.search.refine import everything, refine
-from llm_fp4.search.weights import few_tokens, site_losses
+from llm_fp4.search.weights import few_tokens, site_losses, total
 from llm_fp4.statistics import Gram, SiteStatistics
 
 _BLOCK = 128  # columns between two updates of all later columns
@@ -132,18 +132,23 @@ def compensate_site(
         for n in names:
             rows = slice(start, start + len(weights[n]))
             found = partial(site_losses, statistics=statistics, choice=choice, gram=None if few_tokens(statistics) else gram)
-            result.rounded[n] = _better_rows(weights[n], values[rows], scale[rows], result.weights[n], found)
+            result.rounded[n] = _better_rows(weights[n], values[rows], scale[rows], result.weights[n], found, statistics.outputs(n))
             start = rows.stop
 
 
 def _better_rows(
-    weight: Tensor, values: Tensor, scale: Tensor, plan: WeightPlan, losses: Callable[[Tensor, Callable[[slice], Tensor]], Tensor]
+    weight: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    plan: WeightPlan,
+    losses: Callable[[Tensor, Callable[[slice], Tensor]], Tensor],
+    counts: Tensor | None,
 ) -> Tensor:
     """Return the compensated rows, or the nearest levels for rows where these do less harm; update the plan."""
     nearest = fake_quantize(weight, plan.scale.unsqueeze(1), plan.format)
     before, after = (losses(weight, v.__getitem__) for v in (nearest, values))
     if plan.error is not None:
-        plan.error *= max(float(torch.minimum(before, after).sum()), 0.0) / max(float(before.sum()), 1e-30)
+        plan.error *= max(total(torch.minimum(before, after), counts), 0.0) / max(total(before, counts), 1e-30)
     better = after <= before
     plan.scale = torch.where(better, scale, plan.scale)
     return torch.where(better.unsqueeze(1), values, nearest)

@@ -16,14 +16,15 @@ from llm_fp4.plan import FixedWeight, InputPlan, InputSpec, SiteResult, WeightPl
 from llm_fp4.recipe import ModuleRule, SearchRules
 from llm_fp4.search.grids import Grid, Log2Grid, PaperGrid
 from llm_fp4.search.inputs import InputChoice, OutputError, choose_input, maximum_choices
-from llm_fp4.search.weights import WeightChoice, choose_weight, few_tokens, site_energy, site_losses
+from llm_fp4.search.weights import WeightChoice, choose_weight, few_tokens, site_energy, site_losses, total
 from llm_fp4.statistics import Gram, SiteStatistics
 
 
 def grids(rules: SearchRules) -> tuple[Grid, Grid]:
     """Return the grids of weights and of inputs; inputs may clip far below their maximum, weights hardly do."""
     if rules.grid == "paper":
-        return PaperGrid(rules.candidates), PaperGrid(rules.candidates)
+        paper = PaperGrid(rules.candidates, *rules.gamma)
+        return paper, paper
     return Log2Grid(lowest=-1.25), Log2Grid(lowest=-4.0, coarse=0.5, highest=0.5)
 
 
@@ -40,15 +41,16 @@ def descend(
     weight_grid, input_grid = grids(search)
     rule = next(iter(rules.values()))
     fixed = fixed or {}
-    energy = {n: site_energy(w, statistics) for n, w in weights.items()}
-    total = max(sum(energy.values()), 1e-30)
+    counts = {n: statistics.outputs(n) for n in weights}
+    energy = {n: site_energy(w, statistics, counts[n]) for n, w in weights.items()}
+    total_energy = max(sum(energy.values()), 1e-30)
 
     few = few_tokens(statistics)
     choice: InputChoice | None = None
     starts = maximum_choices(statistics.channel_absmax, rule, per_token=per_token)
     if starts:
         # before any weight is rounded the best input format is the one that hurts the float outputs least
-        error = OutputError(*statistics.sample(search.sample_tokens), list(weights.values()))
+        error = OutputError(*statistics.sample(search.sample_tokens), list(weights.values()), list(counts.values()))
         choice, _ = choose_input(error, starts, _fixed_scale())
     best: tuple[float, InputChoice | None, dict[str, WeightChoice], dict[str, float]] | None = None
     chosen: dict[str, WeightChoice] = {}
@@ -65,7 +67,8 @@ def descend(
             if n in fixed:
                 chosen[n] = _Fixed(fixed[n])
             else:
-                chosen[n], weight_scales[n] = choose_weight(w, gram, rules[n].weight_formats, weight_grid, weight_scales.get(n))
+                formats, current = rules[n].weight_formats, weight_scales.get(n)
+                chosen[n], weight_scales[n] = choose_weight(w, gram, formats, weight_grid, current, counts=counts[n])
         best = _better(best, (*_score(statistics, choice, None if few else gram, weights, chosen), choice, chosen))
         if starts:
             rounded = error.under([chosen[n].values(w) for n, w in weights.items()])
@@ -83,7 +86,7 @@ def descend(
     }
     if choice is None:
         return SiteResult(None, plans)
-    plan = InputPlan(name, list(weights), choice.spec, choice.scale, choice.shift, None, loss / total)
+    plan = InputPlan(name, list(weights), choice.spec, choice.scale, choice.shift, None, loss / total_energy)
     return SiteResult(plan, plans)
 
 
@@ -103,9 +106,10 @@ def _score(
     chosen: dict[str, WeightChoice],
 ) -> tuple[float, dict[str, float]]:
     """Return the squared output error over all calibration tokens, in sum and for each operand."""
-    losses = {
-        n: max(float(site_losses(w, partial(chosen[n].values, w), statistics, choice, gram).sum()), 0.0) for n, w in weights.items()
-    }
+    losses = {}
+    for n, w in weights.items():
+        lost = site_losses(w, partial(chosen[n].values, w), statistics, choice, gram)
+        losses[n] = max(total(lost, statistics.outputs(n)), 0.0)
     return sum(losses.values()), losses
 
 

@@ -29,16 +29,24 @@ class OutputError:
     it is scored by (in, in) forms, so a vocabulary-sized operand costs no more than a square one.
     """
 
-    def __init__(self, rows: Tensor, row_weight: Tensor, weights: list[Tensor]) -> None:
-        """Args: rows (s, in), row_weight (s,), weights (out, in) of every operand; they stay as they are until :meth:`under`."""
+    def __init__(self, rows: Tensor, row_weight: Tensor, weights: list[Tensor], counts: Sequence[Tensor | None] = ()) -> None:
+        """Args: rows (s, in), row_weight (s,), weights (out, in) of every operand; they stay as they are until :meth:`under`.
+
+        ``counts``: (out,) how much the outputs of each operand count; none: all alike.
+        """
+        self._roots = [c.sqrt().unsqueeze(1) for c in counts if c is not None]
+        weights = self._counted(weights)
         self._rows, self._row_weight, self._weights = rows, row_weight, weights
         self._quadratic = sum(map(len, weights)) > 2 * rows.shape[1]
         self._w = self._square([(w, w) for w in weights]) if self._quadratic else _side_by_side(weights)
         self._d: tuple[Tensor, ...] = ()
 
+    def _counted(self, weights: list[Tensor]) -> list[Tensor]:
+        return [w * root for w, root in zip(weights, self._roots, strict=True)] if self._roots else weights
+
     def under(self, rounded: list[Tensor]) -> OutputError:
         """Return the error where the operands are stored as ``rounded``."""
-        d = [w - r for w, r in zip(self._weights, rounded, strict=True)]
+        d = [w - r for w, r in zip(self._weights, self._counted(rounded), strict=True)]
         other = copy(self)
         pairs = list(zip(d, self._weights, strict=True))
         other._d = (self._square(pairs), self._square([(x, x) for x in d])) if self._quadratic else (_side_by_side(d),)

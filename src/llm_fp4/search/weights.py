@@ -74,12 +74,21 @@ def row_energy(weight: Tensor, gram: Tensor) -> Tensor:
     return (weight @ gram).mul_(weight).double().sum(1)
 
 
-def output_energy(weight: Tensor, gram: Tensor) -> float:
-    """Return the squared output of (out, in) ``weight`` over all calibration tokens, whose X'X is (in, in) ``gram``."""
+def total(rows: Tensor, counts: Tensor | None) -> float:
+    """Return the sum of (out,) ``rows``, each times what it counts; None: all alike."""
+    return float((rows if counts is None else rows * counts).sum())
+
+
+def output_energy(weight: Tensor, gram: Tensor, counts: Tensor | None = None) -> float:
+    """Return the squared output of (out, in) ``weight`` over all calibration tokens, whose X'X is (in, in) ``gram``.
+
+    Args:
+        counts: (out,) how much each output counts.
+    """
     energy = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     for rows in ranks.own(len(weight), _ROWS):
         energy[rows] = row_energy(weight[rows], gram)
-    return float(ranks.united(energy).sum())
+    return total(ranks.united(energy), counts)
 
 
 def losses_by_tokens(
@@ -88,7 +97,7 @@ def losses_by_tokens(
     """Return what :func:`row_losses` does, from the outputs of all tokens: cheaper than Gram matrices where tokens are few."""
     lost = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     own = ranks.own(len(weight), _ROWS)
-    for x in statistics.chunks() if own else ():
+    for x, root in zip(statistics.chunks(), statistics.roots(), strict=True) if own else ():
         q = x if quantize is None else quantize(x)
         e = x - q
         for rows in own:
@@ -96,6 +105,8 @@ def losses_by_tokens(
             wrong = q @ (w - values(rows)).t()
             if quantize is not None:
                 wrong.addmm_(e, w.t())
+            if root is not None:
+                wrong.mul_(root)
             lost[rows] += wrong.square_().sum(0, dtype=torch.float64)
     return ranks.united(lost)
 
@@ -118,27 +129,28 @@ def site_losses(
     return row_losses(weight, values, gram)
 
 
-def site_energy(weight: Tensor, statistics: SiteStatistics) -> float:
+def site_energy(weight: Tensor, statistics: SiteStatistics, counts: Tensor | None = None) -> float:
     """Return the squared output of (out, in) ``weight`` over all calibration tokens, the cheaper way."""
     if statistics.tokens.tokens < weight.shape[1]:
-        return float(losses_by_tokens(weight, lambda rows: torch.zeros((), device=weight.device), statistics, None).sum())
-    return output_energy(weight, statistics.gram)
+        return total(losses_by_tokens(weight, lambda rows: torch.zeros((), device=weight.device), statistics, None), counts)
+    return output_energy(weight, statistics.gram, counts)
 
 
-def output_loss(weight: Tensor, quantized: Tensor, gram: Gram) -> float:
+def output_loss(weight: Tensor, quantized: Tensor, gram: Gram, counts: Tensor | None = None) -> float:
     """Return the squared output error over all calibration tokens of (out, in) ``weight`` stored as ``quantized``."""
-    return max(float(row_losses(weight, lambda rows: quantized[rows], gram).sum()), 0.0)
+    return max(total(row_losses(weight, lambda rows: quantized[rows], gram), counts), 0.0)
 
 
 def choose_weight(
     weight: Tensor, gram: Gram | None, formats: Sequence[FloatFormat], grid: Grid, current: dict[FloatFormat, Tensor] | None = None,
-    row_penalty: float = 0.0,
+    row_penalty: float = 0.0, counts: Tensor | None = None,
 ) -> tuple[WeightChoice, dict[FloatFormat, Tensor]]:  # fmt: skip
     """Return the best format with its scales, and the scales of every format still in the race (the next round's ``current``).
 
     Args:
         weight: (out, in) float32. gram: None where the plain squared row error is what counts.
         row_penalty: added times the plain squared row error, for a weight that is an embedding too.
+        counts: (out,) how much each row counts where formats are compared.
     """
     own = ranks.own(len(weight), _ROWS)
     crossed = {} if gram is None or gram.eq is None else {rows.start: weight[rows] @ gram.eq for rows in own}
@@ -154,6 +166,8 @@ def choose_weight(
                 lost[rows] = weight_loss(w, quantized, qq, crossed.get(rows.start))
             if row_penalty:
                 lost[rows] += (w - quantized).square_().sum(1).mul_(row_penalty)
+            if counts is not None:
+                lost[rows] *= counts[rows]
         return ranks.united(lost)
 
     losses: dict[FloatFormat, Loss] = {fmt: partial(loss, fmt=fmt) for fmt in formats}
