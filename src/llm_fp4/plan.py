@@ -31,6 +31,8 @@ class InputSpec:
             each block is its largest magnitude over the largest value, rounded to E4M3 over the stored scale).
         max_shift: the largest channel shift, 0 where there is none.
         smooth: whether a real factor per channel divides the input first (SmoothQuant).
+        offset: whether a real number per channel is subtracted from the input before all else but the transform; what it
+            would have added to the output is in the operands' biases. An unsigned format wants an input that it makes non-negative.
         transform: "hadamard" where the input passes ``kernels.hadamard`` before it is quantized; its weights did so too.
     """
 
@@ -48,8 +50,8 @@ class InputSpec:
             )
         if self.blocks is not None and (self.max_shift or self.smooth):
             raise UnsupportedError("channel shifts and smoothing of inputs with block scales are not implemented; leave them out")
-        if self.offset:
-            raise UnsupportedError("input offset is not implemented in this version; leave it out of the plan")
+        if self.offset and self.smooth:
+            raise UnsupportedError("an input offset beside smoothing is not implemented; leave one of them out")
         if self.transform not in (None, "hadamard"):
             raise UnsupportedError(
                 f"input transform {self.transform!r} is not implemented; use hadamard or leave it out of the plan"
@@ -87,6 +89,7 @@ class InputSpec:
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"format": self.format.name, "granularity": self.granularity, "max_shift": self.max_shift}
         out |= {"transform": self.transform} if self.transform else {}
+        out |= {"offset": True} if self.offset else {}
         return out | ({"smooth": True} if self.smooth else {})
 
     @classmethod
@@ -113,6 +116,7 @@ class InputPlan:
         scale: float32 (), the step of the least shifted channel; for per-token, the clipping ratio.
         shift: (in,) uint8 k with ``step_j = scale * 2**-k_j``, or None.
         smooth: (in,) float32 that divides the input, or None.
+        offset: (in,) float32 that is subtracted from the input, or None.
         error: squared output error over the output's squared norm, calibration tokens, all operands.
     """
 
@@ -122,6 +126,7 @@ class InputPlan:
     scale: Tensor
     shift: Tensor | None = None
     smooth: Tensor | None = None
+    offset: Tensor | None = None
     error: float | None = None
     sink_ratio: float | None = None
     reason: str = ""
@@ -181,11 +186,14 @@ class SiteResult:
     Attributes:
         input: None in weight-only recipes.
         rounded: (out, in) values on the grid of weights that are not simply rounded to nearest (error compensation).
+        bias: (out,) float32 to be added to an operand's bias: what the input's offset took away, the mean error with its sign
+            changed, or both. An operand without bias gains one.
     """
 
     input: InputPlan | None
     weights: dict[str, WeightPlan]
     rounded: dict[str, Tensor] = field(default_factory=dict)
+    bias: dict[str, Tensor] = field(default_factory=dict)
 
 
 ATTENTION_INPUTS = ("query", "key", "probability", "value")

@@ -8,7 +8,7 @@ the tokens can be merged in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -71,17 +71,30 @@ class SiteStatistics:
         tokens: the input the quantized layer will see (propagated, or the float model's own).
         device: where sums are computed.
         seed: of the token sample.
+        offset: (in,) float32 that is subtracted from every row, or None.
+        centered: whether output errors count without their mean, which a bias makes up for.
+        base: the statistics of the same rows without offset.
     """
 
     name: str
     tokens: TokenStore
     device: torch.device
     seed: int = 0
+    offset: Tensor | None = None
+    centered: bool = False
+    base: SiteStatistics | None = None
+
+    def minus(self, offset: Tensor | None) -> SiteStatistics:
+        """Return the statistics of the rows less ``offset`` (in,)."""
+        return self if offset is None else replace(self, offset=offset, base=self)
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield (n, in) rows on the device, in order."""
         for rows in self.tokens.rows.split(CHUNK):  # type: ignore[no-untyped-call]
-            yield rows.to(self.device)
+            yield self._shifted(rows.to(self.device))
+
+    def _shifted(self, rows: Tensor) -> Tensor:
+        return rows if self.offset is None else rows - self.offset
 
     def check(self) -> None:
         """Raise NonFiniteError naming the site if a calibration value is NaN or infinite."""
@@ -93,14 +106,30 @@ class SiteStatistics:
         """(in,) largest magnitude of each channel."""
         return torch.stack([rows.abs().amax(0) for rows in self.chunks()]).amax(0)
 
+    @cached_property
+    def channel_ranges(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(in,) smallest value, largest value and mean of each channel."""
+        parts = [(rows.amin(0), rows.amax(0), rows.double().sum(0)) for rows in self.chunks()]
+        low, high, total = (torch.stack(p) for p in zip(*parts, strict=True))
+        return low.amin(0), high.amax(0), (total.sum(0) / self.tokens.tokens).float()
+
+    def means(self, quantize: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Return the (in,) float64 means of the rows and of what ``quantize`` makes of them; None leaves them as they are."""
+        n = self.tokens.channels
+        exact, rounded = (torch.zeros(n, dtype=torch.float64, device=self.device) for _ in range(2))
+        for rows in self.chunks():
+            exact += rows.double().sum(0)
+            rounded += rows.double().sum(0) if quantize is None else quantize(rows).double().sum(0)
+        return exact / self.tokens.tokens, rounded / self.tokens.tokens
+
     def token_absmax(self) -> Tensor:
         """(tokens,) largest magnitude of each token."""
         return torch.cat([rows.abs().amax(1) for rows in self.chunks()])
 
     @cached_property
     def gram(self) -> Tensor:
-        """(in, in) X'X of the unquantized input."""
-        return self._sums(None).qq
+        """(in, in) X'X of the unquantized input, as it is without offset: what the layer's output is measured by."""
+        return self._sums(None).qq if self.base is None else self.base.gram
 
     def quantized_gram(self, quantize: Callable[[Tensor], Tensor] | None, unit: Tensor | None = None) -> Gram:
         """Return the Gram matrices under ``quantize``, a map of (n, in) rows; None leaves the input as it is.
@@ -109,10 +138,15 @@ class SiteStatistics:
             unit: () float32 where every rounded value is a multiple of it by at most 127: Q'Q is then an exact integer product,
                 which int8 units form several times faster.
         """
-        return Gram(self.gram, None, None) if quantize is None else self._sums(quantize, unit)
+        if quantize is None:
+            return (
+                Gram(self.gram, None, None) if self.offset is None and not self.centered else self._sums(None, center=self.centered)
+            )
+        return self._sums(quantize, unit, center=self.centered)
 
-    def _sums(self, quantize: Callable[[Tensor], Tensor] | None, unit: Tensor | None = None) -> Gram:
+    def _sums(self, quantize: Callable[[Tensor], Tensor] | None, unit: Tensor | None = None, center: bool = False) -> Gram:
         n = self.tokens.channels
+        sum_q, sum_e = (torch.zeros(n, device=self.device) for _ in range(2))
         qq = torch.zeros(n, n, device=self.device)
         eq, ee = (None, None) if quantize is None else (torch.zeros_like(qq), torch.zeros_like(qq))
         for rows in self.chunks():
@@ -122,10 +156,18 @@ class SiteStatistics:
             else:
                 levels = (q * (1.0 / unit)).round_().to(torch.int8)
                 qq.add_(torch._int_mm(levels.t(), levels).float().mul_(unit).mul_(unit))
+            sum_q += q.sum(0)
             if eq is not None and ee is not None:
                 e = rows - q
                 eq.addmm_(e.t(), q)
                 ee.addmm_(e.t(), e)
+                sum_e += e.sum(0)
+        if center:  # n times the products of the means
+            count = max(self.tokens.tokens, 1)
+            qq.addr_(sum_q, sum_q, alpha=-1.0 / count)
+            if eq is not None and ee is not None:
+                eq.addr_(sum_e, sum_q, alpha=-1.0 / count)
+                ee.addr_(sum_e, sum_e, alpha=-1.0 / count)
         return Gram(qq, eq, ee)
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
@@ -137,7 +179,7 @@ class SiteStatistics:
         rows = self.tokens.rows
         total = len(rows)
         if total <= count:
-            return rows.to(self.device), torch.ones(total, device=self.device)
+            return self._shifted(rows.to(self.device)), torch.ones(total, device=self.device)
         energy = torch.cat([r.square().sum(1).cpu() for r in self.chunks()])
         order = energy.argsort(descending=True, stable=True)
         heavy, light = order[: count // 8], order[count // 8 :].sort().values
@@ -146,4 +188,4 @@ class SiteStatistics:
         index = torch.cat((heavy, drawn)).sort().values
         weight = torch.full((total,), len(light) / len(drawn))
         weight[heavy] = 1.0
-        return rows[index].to(self.device), weight[index].to(self.device)
+        return self._shifted(rows[index].to(self.device)), weight[index].to(self.device)

@@ -51,6 +51,7 @@ def operands_of(module: nn.Module, names: tuple[str, ...], where: str) -> list[Q
         _require(isinstance(child, QuantLinear), f"{where}.{name} is not quantized")
         assert isinstance(child, QuantLinear)
         _require(child.blocks is None, f"{where}.{name} has block scales")
+        _require(child.input_offset is None, f"{where}.{name} subtracts an offset from its input")
         integers = child.exact and (child.weight_format.bits == 4 or child.weight_format.name == "e1m6")
         weight_only = child.spec is None and child.blocks is None and child.weight_format.bits == 4
         _require(integers or weight_only, f"{where}.{name} does not multiply integers")

@@ -23,7 +23,7 @@ class PackedModule(nn.Module):
     ``weight_scale`` is (rows,) float32, or the stored scales of blocks, E4M3 ones with ``weight_global_scale`` () over them.
     """
 
-    kept = ("weight_scale", "weight_global_scale", "input_scale", "input_smooth")
+    kept = ("weight_scale", "weight_global_scale", "input_scale", "input_smooth", "input_offset")
     weight_packed: Tensor
     weight_scale: Tensor
     weight_global_scale: Tensor | None
@@ -74,6 +74,8 @@ class QuantLinear(PackedModule):
     input_scale: Tensor
     input_shift: Tensor | None
     input_smooth: Tensor | None
+    input_offset: Tensor | None
+    folded = False  # whether the bias holds more than the float layer's: float32 then, whatever the model's type
     site: InputSite | None = None  # shared with the linears that read the same input
 
     def __init__(
@@ -89,13 +91,24 @@ class QuantLinear(PackedModule):
         smooth = torch.ones(in_features, dtype=torch.float32, device=device) if spec and spec.smooth else None
         self.register_buffer("input_shift", shift)
         self.register_buffer("input_smooth", smooth)
+        offset = torch.zeros(in_features, dtype=torch.float32, device=device) if spec and spec.offset else None
+        self.register_buffer("input_offset", offset)
 
     @classmethod
-    def from_plan(cls, weight: QuantizedTensor, plan: InputPlan | None, bias: Tensor | None) -> QuantLinear:
-        """Return the layer of a quantized weight under its site's plan; ``bias`` is (out,) or None."""
+    def from_plan(
+        cls, weight: QuantizedTensor, plan: InputPlan | None, bias: Tensor | None, folded: Tensor | None = None
+    ) -> QuantLinear:
+        """Return the layer of a quantized weight under its site's plan.
+
+        Args:
+            bias: (out,) or None. folded: (out,) float32 that is added to it, see :class:`~llm_fp4.plan.SiteResult`; or None.
+        """
         rows, columns = weight.shape
         blocks = weight.granularity if isinstance(weight.granularity, PerBlock) else None
+        if folded is not None:
+            bias = folded if bias is None else bias.detach().float() + folded
         layer = cls(columns, rows, weight.format, plan.spec if plan else None, bias is not None, "meta", blocks=blocks)
+        layer.folded = folded is not None
         layer.weight_packed, layer.weight_scale = weight.packed, weight.scale
         layer.weight_global_scale = None if weight.second_scale is None else weight.second_scale.clone()
         if bias is not None:
@@ -105,6 +118,7 @@ class QuantLinear(PackedModule):
             layer.input_scale = plan.scale.clone()
             layer.input_shift = None if plan.shift is None else plan.shift.clone()
             layer.input_smooth = None if plan.smooth is None else plan.smooth.clone()
+            layer.input_offset = None if plan.offset is None else plan.offset.clone()
         return layer
 
     @property
@@ -122,9 +136,7 @@ class QuantLinear(PackedModule):
             out = self._integer_product(x, rows, spec, bias)
         else:
             if spec is not None:
-                rows = fake_quantize_input(
-                    self._transformed(rows, spec), spec, self.input_scale, self.input_shift, self.input_smooth
-                )
+                rows = fake_quantize_input(self._prepared(rows, spec), spec, self.input_scale, self.input_shift, self.input_smooth)
             if self.blocks is None:
                 out = float_linear(rows.float(), *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
             else:
@@ -135,11 +147,10 @@ class QuantLinear(PackedModule):
         result: Tensor = out.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return result
 
-    def _transformed(self, rows: Tensor, spec: InputSpec) -> Tensor:
-        if spec.transform is None:
-            return rows
-        mixed: Tensor = hadamard(rows)
-        return mixed
+    def _prepared(self, rows: Tensor, spec: InputSpec) -> Tensor:
+        if spec.transform is not None:
+            rows = hadamard(rows)
+        return rows if self.input_offset is None else rows.float() - self.input_offset
 
     def _integer_product(self, x: Tensor, rows: Tensor, spec: InputSpec, bias: Tensor | None) -> Tensor:
         f, w = spec.format, self.weight_format
@@ -150,9 +161,9 @@ class QuantLinear(PackedModule):
         weight = (self.weight_packed, self.weight_scale, bias, w.exponent_bits, w.mantissa_bits)
         out: Tensor
         if self.site is None or len(rows) <= _FEW_ROWS:
-            out = quantized_linear(self._transformed(rows, spec), *rounding, *weight)
+            out = quantized_linear(self._prepared(rows, spec), *rounding, *weight)
         else:
-            out = int_linear(*self.site.levels(x, lambda: quantize_input(self._transformed(rows, spec), *rounding)), *weight)
+            out = int_linear(*self.site.levels(x, lambda: quantize_input(self._prepared(rows, spec), *rounding)), *weight)
         return out
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

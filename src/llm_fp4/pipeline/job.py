@@ -19,12 +19,14 @@ from llm_fp4.calibration import inputs_of, shared_inputs
 from llm_fp4.checkpoint import STORED, RunStore
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, set_module, weight_shapes
+from llm_fp4.nn import expert_lists
 from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.attention import AttentionSites
 from llm_fp4.pipeline.embeddings import lookups, quantize_embedding, selected_embeddings, stored_table
 from llm_fp4.pipeline.rotating import rotated
-from llm_fp4.pipeline.sites import Decided, Linears, decide_site, quantized_layers, selected_linears, split_sites, stored_layer
+from llm_fp4.pipeline.sites import Decided, Linears, quantized_layers, selected_linears, split_sites, stored_layer
 from llm_fp4.pipeline.tied import Runs, float_head_gram, parts, shared_heads
+from llm_fp4.pipeline.waves import Wave, decide_wave, waves
 from llm_fp4.plan import ATTENTION_INPUTS, FixedWeight, WeightPlan
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe
@@ -132,10 +134,14 @@ class Job:
             self._save_outputs(name)
         attention = AttentionSites(self.model.get_submodule(name), name, self.recipe, selected, run, len(self.batches))
         decided = []
-        for group in split_sites(shared_inputs(selected, lambda: run(0)), selected, self.recipe):
-            attention.decide(group[0], plans, self.sequential)
-            decided.append(self._decide(group, selected, run, plans))
-            if self.sequential:  # otherwise every site of the block reads what it reads in the float model
+        lists = expert_lists(self.model)
+        rare = [n for n in selected if n.rpartition(".")[0] in lists]
+        later = (partial(run, i) for i in range(1, len(self.batches)))
+        groups = split_sites(shared_inputs(selected, lambda: run(0), rare, later), selected, self.recipe, rare=rare)
+        for wave in waves(groups, rare, self.recipe):
+            attention.decide(wave[0][0], plans, self.sequential)
+            decided += self._decide(wave, selected, run, plans)
+            while self.sequential and decided:  # otherwise every site of the block reads what it reads in the float model
                 self._replace(decided.pop())
         attention.decide(None, plans, self.sequential)
         for site in decided:
@@ -157,7 +163,8 @@ class Job:
         ran = {n: selected[n] for group in groups for n in group}
         found: Linears = {}
         for group in split_sites(groups, ran, self.recipe, head=True):
-            layers = quantized_layers(self._decide(group, ran, self.runner.tail, plans, head=True))
+            (site,) = self._decide([group], ran, self.runner.tail, plans, head=True)
+            layers = quantized_layers(site)
             found |= layers
             for layer, module in layers.items() if self.sequential else ():
                 set_module(self.model, layer, module)
@@ -190,7 +197,8 @@ class Job:
         if selected:
             self.runner.check(None, lambda run: inputs_of(selected, run))
         for group in split_sites(shared_inputs(selected, lambda: self.runner.tail(0)), selected, self.recipe, head=True):
-            self._replace(self._decide(group, selected, self.runner.tail, plans, head=True))
+            for site in self._decide([group], selected, self.runner.tail, plans, head=True):
+                self._replace(site)
         tensors = self._tensors(self.model, "")
         apart = (*self.structure.blocks, *self.structure.embeddings, *self.structure.aliases, *early)
         shared = {f"{h}.{t}" for h in self.shared_head for t in ("weight_packed", "weight_scale")}
@@ -215,11 +223,11 @@ class Job:
         return selected_linears(self.model, [n for n in names if n not in self.later], self.recipe, head)
 
     def _decide(
-        self, group: list[str], selected: Linears, run: Callable[[int], object], plans: dict[str, Any], head: bool = False
-    ) -> Decided:
-        shared = {n: self.shared_head[n] for n in group if head and n in self.shared_head}
+        self, wave: Wave, selected: Linears, run: Callable[[int], object], plans: dict[str, Any], head: bool = False
+    ) -> list[Decided]:
+        shared = {n: self.shared_head[n] for group in wave for n in group if head and n in self.shared_head}
         fixed = {n: self._stored_embedding(n, embedding) for n, embedding in shared.items()}
-        decided = decide_site(group, selected, self._runs(run), self.recipe, fixed, plans, self.store.scratch, self.device, head)
+        decided = decide_wave(wave, selected, self._runs(run), self.recipe, fixed, plans, self.store.scratch, self.device, head)
         for n, embedding in shared.items():
             plans["weights"][n]["tied_to"] = embedding
         return decided
@@ -297,4 +305,6 @@ class Job:
         """Return what the checkpoint holds of ``module``: packed tensors as they are, the rest in the source's dtype."""
         prefix = f"{name}." if name else ""
         state = module.state_dict(prefix=prefix)
-        return {k: t if k.rpartition(".")[2] in PACKED else t.to(self.source.dtype(k)) for k, t in state.items()}
+        folded = {f"{prefix}{n}.bias" if n else f"{prefix}bias" for n, m in module.named_modules() if getattr(m, "folded", False)}
+        kept = {k for k in state if k.rpartition(".")[2] in PACKED or k in folded}
+        return {k: t if k in kept else t.to(self.source.dtype(k)) for k, t in state.items()}

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.calibration import collect
 from llm_fp4.checkpoint import site_spec
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.kernels import hadamard
 from llm_fp4.nn import QuantLinear, linear_weight
 from llm_fp4.numerics import PerBlock, parse, parse_granularity, quantize_tensor, require_finite
-from llm_fp4.pipeline.tied import Runs
 from llm_fp4.plan import FixedWeight, SiteResult
-from llm_fp4.recipe import Recipe
+from llm_fp4.recipe import ModuleRule, Recipe
 from llm_fp4.search import search_site
-from llm_fp4.statistics import SiteStatistics
+from llm_fp4.statistics import SiteStatistics, TokenStore
 
 Linears = dict[str, nn.Module]
 
@@ -36,16 +34,21 @@ def selected_linears(model: nn.Module, names: list[str], recipe: Recipe, head: b
     return found
 
 
-def split_sites(groups: list[list[str]], selected: Linears, recipe: Recipe, head: bool = False) -> list[list[str]]:
+def split_sites(
+    groups: list[list[str]], selected: Linears, recipe: Recipe, head: bool = False, rare: Collection[str] = ()
+) -> list[list[str]]:
     """Return groups split where operands of one tensor ask for different inputs.
 
+    Args:
+        rare: linears that may be idle (experts); each is a group of its own then.
     Raises:
         UnsupportedError: a selected linear did not run, so that nothing is known of its input.
     """
     ran = {n for g in groups for n in g}
     if twice := [n for n in ran if sum(n in g for g in groups) > 1]:
         raise UnsupportedError(f"{twice[0]} runs on several inputs in one pass, which is not implemented; add --ignore {twice[0]}")
-    if idle := sorted(set(selected) - ran):
+    groups = groups + [[n] for n in selected if n in rare and n not in ran]
+    if idle := sorted(set(selected) - ran - set(rare)):
         raise UnsupportedError(f"{idle[0]} did not run on the calibration data, so it cannot be quantized; add --ignore {idle[0]}")
     out: dict[tuple[int, Any], list[str]] = {}
     for i, group in enumerate(groups):
@@ -69,32 +72,36 @@ class Decided:
 
 
 def decide_site(
-    group: list[str], selected: Linears, runs: Runs, recipe: Recipe, fixed: dict[str, FixedWeight], plans: dict[str, Any],
-    folder: Path, device: torch.device, head: bool = False,
+    group: list[str], selected: Linears, store: TokenStore, recipe: Recipe, fixed: dict[str, FixedWeight], plans: dict[str, Any],
+    device: torch.device, head: bool = False,
 ) -> Decided:  # fmt: skip
-    """Return the decision of one site, after its inputs were collected; ``plans`` gains its JSON.
+    """Return the decision of one site; ``plans`` gains its JSON.
 
     Args:
-        fixed: operands whose weight is decided already. folder: for the rows.
+        store: rows of its input, transformed already where the recipe says so. fixed: operands whose weight is decided already.
     """
     name = group[0]
     weights = {n: linear_weight(selected[n]).float() for n in group}
     for n, w in weights.items():
         require_finite(w, f"the weight of {n}")
     rules = {n: recipe.rule(n, head=head) for n in group}
-    transform = hadamard if rules[name].transform and rules[name].input_formats else None
-    if transform is not None:
+    transformed = transform_of(rules[name]) is not None
+    if transformed:
         weights = {n: hadamard(w) for n, w in weights.items()}
-    stores = collect({name: selected[name]}, runs, folder, transform)
-    statistics = SiteStatistics(name, stores[name], device, recipe.seed ^ zlib.crc32(name.encode()))
+    statistics = SiteStatistics(name, store, device, recipe.seed ^ zlib.crc32(name.encode()))
     result = search_site(name, weights, statistics, rules, recipe, fixed)
-    stores[name].delete()
-    if transform is not None and result.input is not None:
+    if transformed and result.input is not None:
         result.input.spec = replace(result.input.spec, transform="hadamard")
-    plans["weights"] |= {n: {"kind": "linear", **p.to_json()} for n, p in result.weights.items()}
+    added = {n: {"added_bias": True} for n in result.bias if getattr(selected[n], "bias", None) is None}
+    plans["weights"] |= {n: {"kind": "linear", **p.to_json(), **added.get(n, {})} for n, p in result.weights.items()}
     if result.input is not None:
         plans["inputs"][name] = result.input.to_json()
     return Decided(weights, selected, result)
+
+
+def transform_of(rule: ModuleRule) -> Callable[[Tensor], Tensor] | None:
+    """Return what an input passes before it is quantized."""
+    return hadamard if rule.transform and rule.input_formats else None
 
 
 def quantized_layers(site: Decided) -> dict[str, QuantLinear]:
@@ -104,7 +111,7 @@ def quantized_layers(site: Decided) -> dict[str, QuantLinear]:
         source = site.result.rounded.get(n, w if plan is None or plan.smooth is None else w * plan.smooth)
         chosen = site.result.weights[n]
         quantized = quantize_tensor(source, chosen.scale.to(w.device), chosen.format, chosen.granularity, n, chosen.second_scale)
-        layers[n] = QuantLinear.from_plan(quantized, plan, getattr(site.modules[n], "bias", None))
+        layers[n] = QuantLinear.from_plan(quantized, plan, getattr(site.modules[n], "bias", None), site.result.bias.get(n))
     return layers
 
 

@@ -75,7 +75,7 @@ def choose_block_input(
     blocks = rule.input_blocks
     assert blocks is not None
     stacked = torch.cat(list(weights.values()))
-    error = OutputError(*statistics.sample(sample_tokens), stacked, stacked)
+    error = OutputError(*statistics.sample(sample_tokens), stacked, stacked, centered=statistics.centered)
     best: InputChoice | None = None
     for fmt in rule.input_formats if search else rule.input_formats[:1]:
         spec, top = InputSpec(fmt, blocks.name), statistics.channel_absmax.amax()

@@ -47,7 +47,7 @@ def descend(
         rows, row_weight = statistics.sample(search.sample_tokens)
         stacked = torch.cat(list(weights.values()))
         # before any weight is rounded the best input format is the one that hurts the float outputs least
-        exact = OutputError(rows, row_weight, stacked, stacked)
+        exact = OutputError(rows, row_weight, stacked, stacked, centered=statistics.centered)
         choice, _ = choose_input(exact, starts, _fixed_scale())
     best: tuple[float, InputChoice | None, dict[str, WeightChoice], dict[str, float]] | None = None
     chosen: dict[str, WeightChoice] = {}
@@ -66,7 +66,9 @@ def descend(
         best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
         if starts:
             rounded = torch.cat([chosen[n].values(w) for n, w in weights.items()])
-            choice, input_scales = choose_input(OutputError(rows, row_weight, stacked, rounded), starts, input_grid, input_scales)
+            choice, input_scales = choose_input(
+                OutputError(rows, row_weight, stacked, rounded, centered=statistics.centered), starts, input_grid, input_scales
+            )
     assert best is not None
     if starts:
         gram = statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
@@ -78,7 +80,7 @@ def descend(
     }
     if choice is None:
         return SiteResult(None, plans)
-    plan = InputPlan(name, list(weights), choice.spec, choice.scale, choice.shift, None, loss / total)
+    plan = InputPlan(name, list(weights), choice.spec, choice.scale, choice.shift, error=loss / total)
     return SiteResult(plan, plans)
 
 

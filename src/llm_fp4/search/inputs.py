@@ -22,12 +22,13 @@ class OutputError:
     """The weighted squared output error of a token sample as the input's rounding varies.
 
     With ``E = X - Q`` and ``D = W - W_hat`` the output error is ``E W' + Q D'``. Where the outputs outnumber the inputs
-    it is scored by (in, in) forms, so a vocabulary-sized operand costs no more than a square one.
+    it is scored by (in, in) forms, so a vocabulary-sized operand costs no more than a square one. ``centered``: without the
+    mean of the error, which a bias makes up for.
     """
 
-    def __init__(self, rows: Tensor, row_weight: Tensor, weight: Tensor, quantized: Tensor) -> None:
+    def __init__(self, rows: Tensor, row_weight: Tensor, weight: Tensor, quantized: Tensor, *, centered: bool = False) -> None:
         """Args: rows (s, in), row_weight (s,), weight and quantized (out, in) of all operands stacked."""
-        self.rows, self._row_weight = rows, row_weight
+        self.rows, self._row_weight, self._centered = rows, row_weight, centered
         self._quadratic = weight.shape[0] > 2 * weight.shape[1]
         d = weight - quantized
         pairs = [weight.t() @ weight, d.t() @ weight, d.t() @ d] if self._quadratic else [weight.t(), d.t()]
@@ -36,6 +37,15 @@ class OutputError:
     def __call__(self, quantized_rows: Tensor) -> Tensor:
         """Return the () float64 error of (s, in) rounded rows."""
         e = self.rows - quantized_rows
+        total = torch.dot(self._errors(e, quantized_rows), self._row_weight.double())
+        if self._centered:
+            count = self._row_weight.sum()
+            share = (self._row_weight / count).unsqueeze(0)
+            total = total - count * self._errors(share @ e, share @ quantized_rows).sum()
+        return total
+
+    def _errors(self, e: Tensor, quantized_rows: Tensor) -> Tensor:
+        """Return the (n,) float64 squared output errors of single rows."""
         if self._quadratic:
             ww, dw, dd = self._forms
             cross = rank_product(e, ww).add_(rank_product(quantized_rows, dw), alpha=2.0).mul_(e)
@@ -43,7 +53,7 @@ class OutputError:
         else:
             w, d = self._forms
             per_token = rank_product(e, w).add_(rank_product(quantized_rows, d)).square_().sum(1)
-        return torch.dot(per_token.double(), self._row_weight.double())
+        return per_token.double()
 
 
 @dataclass
