@@ -38,6 +38,7 @@ RECIPES: dict[str, Recipe] = {
     "FPQ 8/8/8": rule("fpq", 8, inputs={"granularity": "per_token"}),
     "FPQ 6/6/6": rule("fpq", 6, inputs={"granularity": "per_token"}),
     "FPQ 4/4/4": rule("fpq", 4),
+    "FPQ 4/4/4, unsigned, scale per token": rule("fpq", 4, attention={"unsigned": True}, inputs={"granularity": "per_token"}),
     "FPQ baseline 4/4/4": rule("fpq-baseline", 4),
     "MinMax FP 4/4/4": rule("minmax-fp", 4),
 }
