@@ -25,22 +25,22 @@ MODEL = DATA / "models" / "vit_tiny_patch16_224"
 
 
 def rule(preset: str, bits: int, **fields: Any) -> Recipe:
-    """Return a recipe with every width, of attention too, at ``bits``; scales static unless ``fields`` say otherwise."""
+    """Return a recipe with every width, of attention too, at ``bits``; signed formats and static scales unless ``fields`` say otherwise."""
     base = PRESETS[preset]
-    inputs = {**base.get("inputs", {}), "sinks": "static", **fields.pop("inputs", {})}
+    inputs = {**base.get("inputs", {}), "sinks": "static", "unsigned": False, **fields.pop("inputs", {})}
     attention = {"bits": bits, "unsigned": False, **fields.pop("attention", {})}
     widths = {"embedding": bits, "weight": bits, "activation": bits}
     return Recipe.model_validate({**base, "name": preset, "bits": widths, "inputs": inputs, "attention": attention, **fields})
 
 
 RECIPES: dict[str, Recipe] = {
+    "FPQ 4/4/4, unsigned formats": rule("fpq", 4, inputs={"unsigned": True}, attention={"unsigned": True}),
     "FPQ 8/8/8": rule("fpq", 8, inputs={"granularity": "per_token"}),
     "FPQ 6/6/6": rule("fpq", 6, inputs={"granularity": "per_token"}),
-    "MinMax FP 4/4/4": rule("minmax-fp", 4),
-    "FPQ baseline 4/4/4": rule("fpq-baseline", 4),
     "FPQ 4/4/4": rule("fpq", 4),
-    "FPQ 4/4/4, unsigned probabilities": rule("fpq", 4, attention={"unsigned": True}),
     "FPQ 4/4/4, unsigned, scale per token": rule("fpq", 4, attention={"unsigned": True}, inputs={"granularity": "per_token"}),
+    "FPQ baseline 4/4/4": rule("fpq-baseline", 4),
+    "MinMax FP 4/4/4": rule("minmax-fp", 4),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, repeat
 from pathlib import Path
@@ -110,6 +110,9 @@ class SiteStatistics:
         device: where sums are computed.
         seed: of the token sample.
         importance: how much each token and output counts in every sum of squared errors; None: all alike.
+        offset: (in,) float32 that is subtracted from every row, or None.
+        centered: whether output errors count without their mean, which a bias makes up for.
+        base: the statistics of the same rows without offset.
     """
 
     name: str
@@ -117,11 +120,21 @@ class SiteStatistics:
     device: torch.device
     seed: int = 0
     importance: Importance | None = None
+    offset: Tensor | None = None
+    centered: bool = False
+    base: SiteStatistics | None = None
+
+    def minus(self, offset: Tensor | None) -> SiteStatistics:
+        """Return the statistics of the rows less ``offset`` (in,)."""
+        return self if offset is None else replace(self, offset=offset, base=self)
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield (n, in) rows on the device, in order."""
         for rows in self.tokens.rows.split(CHUNK):  # type: ignore[no-untyped-call]
-            yield rows.to(self.device)
+            yield self._shifted(rows.to(self.device))
+
+    def _shifted(self, rows: Tensor) -> Tensor:
+        return rows if self.offset is None else rows - self.offset
 
     def roots(self) -> Iterator[Tensor | None]:
         """Yield (n, 1) square roots of the importance of the tokens of every chunk, None where all are alike."""
@@ -144,14 +157,30 @@ class SiteStatistics:
         """(in,) largest magnitude of each channel."""
         return torch.stack([rows.abs().amax(0) for rows in self.chunks()]).amax(0)
 
+    @cached_property
+    def channel_ranges(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(in,) smallest value, largest value and mean of each channel."""
+        parts = [(rows.amin(0), rows.amax(0), rows.double().sum(0)) for rows in self.chunks()]
+        low, high, total = (torch.stack(p) for p in zip(*parts, strict=True))
+        return low.amin(0), high.amax(0), (total.sum(0) / self.tokens.tokens).float()
+
+    def means(self, quantize: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Return the (in,) float64 means of the rows and of what ``quantize`` makes of them; None leaves them as they are."""
+        n = self.tokens.channels
+        exact, rounded = (torch.zeros(n, dtype=torch.float64, device=self.device) for _ in range(2))
+        for rows in self.chunks():
+            exact += rows.double().sum(0)
+            rounded += rows.double().sum(0) if quantize is None else quantize(rows).double().sum(0)
+        return exact / self.tokens.tokens, rounded / self.tokens.tokens
+
     def token_absmax(self) -> Tensor:
         """(tokens,) largest magnitude of each token."""
         return torch.cat([rows.abs().amax(1) for rows in self.chunks()])
 
     @cached_property
     def gram(self) -> Tensor:
-        """(in, in) X'X of the unquantized input, tokens weighed by their importance."""
-        return self._sums(None).qq
+        """(in, in) X'X of the unquantized input, as it is without offset, tokens weighed by their importance."""
+        return self._sums(None).qq if self.base is None else self.base.gram
 
     def quantized_gram(self, quantize: Callable[[Tensor], Tensor] | None, unit: Tensor | None = None) -> Gram:
         """Return the Gram matrices under ``quantize``, a map of (n, in) rows; None leaves the input as it is.
@@ -160,11 +189,16 @@ class SiteStatistics:
             unit: () float32 where every rounded value is a multiple of it by at most 127: Q'Q is then an exact integer product,
                 which int8 units form several times faster.
         """
-        return Gram(self.gram, None, None) if quantize is None else self._sums(quantize, unit)
+        if quantize is None:
+            return (
+                Gram(self.gram, None, None) if self.offset is None and not self.centered else self._sums(None, center=self.centered)
+            )
+        return self._sums(quantize, unit, center=self.centered)
 
-    def _sums(self, quantize: Callable[[Tensor], Tensor] | None, unit: Tensor | None = None) -> Gram:
+    def _sums(self, quantize: Callable[[Tensor], Tensor] | None, unit: Tensor | None = None, center: bool = False) -> Gram:
         n = self.tokens.channels
         own = ranks.own(n, n)
+        sum_q, sum_e, count = torch.zeros(n, device=self.device), torch.zeros(n, device=self.device), 0.0
         qq = torch.zeros(n, n, device=self.device)
         eq, ee = (None, None) if quantize is None else (torch.zeros_like(qq), torch.zeros_like(qq))
         for rows, root in zip(self.chunks(), self.roots(), strict=True):
@@ -175,6 +209,10 @@ class SiteStatistics:
             e = None if quantize is None else rows - q
             if root is not None:
                 q, e = q * root, None if e is None else e.mul_(root)
+            count += len(q) if root is None else float(root.square().sum())
+            sum_q += q.sum(0) if root is None else (q * root).sum(0)
+            if e is not None:
+                sum_e += e.sum(0) if root is None else (e * root).sum(0)
             for i in own:
                 if levels is None or unit is None:
                     _add_upper(qq, q, i)
@@ -186,7 +224,13 @@ class SiteStatistics:
         for sums in (qq, ee):
             if sums is not None:
                 _mirror(ranks.united(sums))
-        return Gram(qq, None if eq is None else ranks.united(eq), ee)
+        eq = None if eq is None else ranks.united(eq)
+        if center:  # n times the products of the means
+            qq.addr_(sum_q, sum_q, alpha=-1.0 / max(count, 1e-30))
+            if eq is not None and ee is not None:
+                eq.addr_(sum_e, sum_q, alpha=-1.0 / max(count, 1e-30))
+                ee.addr_(sum_e, sum_e, alpha=-1.0 / max(count, 1e-30))
+        return Gram(qq, eq, ee)
 
     def forget(self) -> None:
         """Give back the memory of :attr:`gram`."""
@@ -202,7 +246,7 @@ class SiteStatistics:
         total = len(rows)
         counts = torch.ones(total) if self.importance is None else self.importance.tokens.cpu()
         if total <= count:
-            return rows.to(self.device), counts.to(self.device)
+            return self._shifted(rows.to(self.device)), counts.to(self.device)
         energy = torch.cat([r.square().sum(1).cpu() for r in self.chunks()]).mul_(counts)
         order = energy.argsort(descending=True, stable=True)
         heavy, light = order[: count // 8], order[count // 8 :].sort().values
@@ -211,7 +255,7 @@ class SiteStatistics:
         index = torch.cat((heavy, drawn)).sort().values
         weight = torch.full((total,), len(light) / len(drawn))
         weight[heavy] = 1.0
-        return rows[index].to(self.device), (weight * counts)[index].to(self.device)
+        return self._shifted(rows[index].to(self.device)), (weight * counts)[index].to(self.device)
 
 
 def _add_upper(sums: Tensor, rows: Tensor, i: slice) -> None:

@@ -132,14 +132,14 @@ def test_architecture_that_is_not_known(not_quantized: Refuse, source: Path) -> 
 
 
 def test_model_of_layers_that_cannot_be_quantized(not_quantized: Refuse, tmp_path: Path, tiny_tokenizer: Any) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-    folder = tmp_path / "mixtral"
-    config = MixtralConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        num_local_experts=2, num_experts_per_tok=1,
+    folder = tmp_path / "llama4"
+    config = Llama4TextConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0,
     )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(folder)
+    Llama4ForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     assert "whose weight this version cannot quantize" in not_quantized(folder)
 

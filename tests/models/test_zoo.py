@@ -70,10 +70,18 @@ def test_a_run_of_tuple_returning_blocks_resumes_at_the_tail(tmp_path: Path) -> 
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 
 
-def test_experts_are_refused_not_skipped() -> None:
-    mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**LLAMA_LIKE, num_local_experts=2, num_experts_per_tok=1))
+def test_experts_multiplied_all_at_once_are_refused_not_skipped() -> None:
+    fields = {
+        **LLAMA_LIKE,
+        "head_dim": 8,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "pad_token_id": 0,
+    }
+    llama4 = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**fields))
     with pytest.raises(UnsupportedError, match=r"weight this version cannot quantize.*--ignore"):
-        llm_fp4.quantize_module(mixtral, [tokens()], RULES)
+        llm_fp4.quantize_module(llama4, [tokens()], RULES)
 
 
 def test_a_bfloat16_source_stays_bfloat16_where_it_is_not_quantized(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
 from llm_fp4.errors import CheckpointError
+from llm_fp4.kernels.compiled import available, select
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.nn import QuantEmbedding, QuantLinear, borrow_weight, replace_module, share_weight
 from llm_fp4.numerics import FloatFormat, PerRow, formats_of_width, parse, quantize_tensor, scale_of_max
@@ -32,12 +34,14 @@ def layer_of(weight_format: FloatFormat, spec: InputSpec | None, bias: bool = Tr
         shift = torch.randint(0, spec.max_shift + 1, (inner,), dtype=torch.uint8) if spec.max_shift else None
         scale = torch.tensor(0.9) if spec.granularity == "per_token" else scale_of_max(torch.tensor(3.0), spec.format)
         plan = InputPlan("x", ["x"], spec, scale, shift, torch.rand(inner) + 0.5 if spec.smooth else None)
+        plan.offset = torch.randn(inner) if spec.offset else None
     return QuantLinear.from_plan(quantized, plan, torch.randn(out) if bias else None)
 
 
 def simulated(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     rows = x.reshape(-1, layer.in_features)
     if layer.spec is not None:
+        rows = rows if layer.input_offset is None else rows - layer.input_offset
         rows = fake_quantize_input(rows, layer.spec, layer.input_scale, layer.input_shift, layer.input_smooth)
     out = rows.double() @ layer.quantized.dequantize().double().t()
     return out if layer.bias is None else out + layer.bias.double()
@@ -59,6 +63,34 @@ def test_four_bit_pairs_run_on_integers_and_wide_exponents_in_float() -> None:
     assert layer_of(parse("e1m6"), InputSpec(parse("e1m6"))).exact
     assert not layer_of(parse("e2m1"), InputSpec(parse("e4m3"))).exact
     assert not layer_of(parse("e2m1"), None).exact
+
+
+@pytest.fixture(params=available())
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield select(request.param)
+    select()
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("input_format", [*formats_of_width(4, signed=False)[:3], *FOUR], ids=str)
+def test_offsets_and_unsigned_inputs_are_the_simulation_on_integers(input_format: FloatFormat) -> None:
+    for max_shift, granularity, rows in ((0, "per_tensor", 5), (2, "per_tensor", 40), (2, "per_token", 1)):
+        layer = layer_of(parse("e2m1"), InputSpec(input_format, granularity, max_shift, offset=True))
+        assert layer.exact
+        x = torch.randn(rows, 37) + 1
+        expected = simulated(layer, x)
+        assert torch.allclose(layer(x).double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        layer.to(torch.bfloat16)
+        assert layer.input_offset is not None
+        assert layer.input_offset.dtype == torch.float32
+
+
+def test_a_folded_bias_is_added_to_the_layer_s_own_or_is_its_first() -> None:
+    weight = quantize_tensor(torch.randn(11, 37), torch.ones(11), parse("e2m1"), PerRow())
+    own, folded = torch.randn(11), torch.randn(11)
+    assert torch.equal(QuantLinear.from_plan(weight, None, own, folded).bias, own + folded)  # type: ignore[arg-type]
+    assert torch.equal(QuantLinear.from_plan(weight, None, None, folded).bias, folded)  # type: ignore[arg-type]
+    assert QuantLinear.from_plan(weight, None, None, folded).folded
 
 
 @pytest.mark.parametrize("shape", [(1, 37), (0, 37), (2, 3, 37), (37,)])

@@ -73,7 +73,7 @@ def activation_statistics(
     """
     target = checked_device(device)
     opened = source if isinstance(source, FloatModel) else open_model(str(source))
-    model, structure = opened.model, checked_structure(opened.model, recipe)
+    model, structure = opened.model, checked_structure(opened.model, recipe, opened.source)
     found: list[SiteActivations] = []
     with tempfile.TemporaryDirectory() as folder, float32_everywhere(model, target):
         store = RunStore(Path(folder), {}, len(structure.blocks) + 2, shards=False)

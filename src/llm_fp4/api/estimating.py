@@ -29,7 +29,7 @@ class Estimate:
     """The cost of a run.
 
     Attributes:
-        bytes: of the checkpoint's tensors; channel shifts are counted wherever the search may choose them.
+        bytes: of the checkpoint's tensors; channel shifts are counted wherever the search may choose them, offsets nowhere.
         float_bytes: of the float model's. memory: bytes beside the program itself and mapped files.
         passes: work in forward passes of the float model over all calibration tokens.
         seconds: of the products, which alone are counted, at the speed of float32 measured now: bfloat16 and int8 units do them
@@ -51,7 +51,7 @@ def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, d
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     opened = source if isinstance(source, FloatModel) else open_model(str(source))
-    structure = checked_structure(opened.model, recipe)
+    structure = checked_structure(opened.model, recipe, opened.source)
     shapes = weight_shapes(opened.model, structure)
     tokens = recipe.calibration.sequences * recipe.calibration.length
     forward = 2.0 * tokens * sum(math.prod(shapes[n]) for n in (*structure.outer_linears, *_inner(structure)))

@@ -26,7 +26,7 @@ class LayerReport:
     """One linear layer or embedding.
 
     Attributes:
-        kind: "linear", "embedding" or "other". shape: (out, in) of a linear, (rows, columns) of an embedding.
+        kind: "linear", "embedding", "experts" (several matrices in one tensor) or "other". shape: (out, in) of a linear, (rows, columns) of an embedding.
         weight: the weight's format, or the candidates of one not quantized yet; empty where it stays float.
         input: likewise of the input. site: the first of the layers that share this input, None where it stays float.
         granularity: of the input's scale, "per_tensor", "per_token" or "per_block_16_e4m3", say. input_scale: its step, the ratio
@@ -140,6 +140,7 @@ def _checkpoint(folder: Path) -> Inspection:
         site_name, site = sites.get(name, (None, {}))
         weight = plan.get("weights", {}).get(name, {})
         reasons = [f"shares the codes of {entry.tied_to}"] if entry.tied_to else []
+        reasons += [weight["reason"]] if weight.get("reason") else []
         layers.append(LayerReport(
             name, entry.kind, entry.shape, (entry.format.name,),
             input=(entry.input.format.name,) if entry.input else (), site=site_name,
@@ -154,6 +155,8 @@ def _checkpoint(folder: Path) -> Inspection:
         owner, _, own = name.rpartition(".")
         if own == "weight" and len(shape) == 2:  # norms have one axis
             layers.append(LayerReport(owner, "linear or embedding", (shape[0], shape[1]), reason="left in float by the recipe"))
+        elif own != "weight" and len(shape) == 3:
+            layers.append(LayerReport(name, "experts", shape, reason="left in float by the recipe"))
     quantization = config["quantization_config"]
     described = {k: str(quantization.get(k, "")) for k in ("recipe", "method", "bits")}
     size = sum(f.stat().st_size for f in sorted({*files.where.values()}))
@@ -204,7 +207,7 @@ def _plan(folder: Path) -> dict[str, Any]:
 
 
 def _float(opened: FloatModel, recipe: Recipe) -> Inspection:
-    structure = checked_structure(opened.model, recipe)
+    structure = checked_structure(opened.model, recipe, opened.source)
     shared = {**shared_heads(structure, recipe), **structure.aliases}
     layers = []
     for name in structure.names():
@@ -216,6 +219,8 @@ def _float(opened: FloatModel, recipe: Recipe) -> Inspection:
         layers.append(LayerReport(name, kind, shape, weight, read, reason=reason))
     for name, reason in structure.floats.items():
         layers.append(LayerReport(name, "other", _shape(opened.model.get_submodule(name)), reason=reason))
+    for name in structure.others:  # what the recipe wanted of them was taken apart, or refused
+        layers.append(LayerReport(name, "other", _shape(opened.model.get_submodule(name)), reason="left in float by the recipe"))
     return Inspection(
         opened.origin,
         False,
@@ -227,7 +232,7 @@ def _float(opened: FloatModel, recipe: Recipe) -> Inspection:
         None,
         layers,
         _wished_attention(opened.model, recipe),
-        _wished_cache(recipe),
+        cache=_wished_cache(recipe),
     )
 
 

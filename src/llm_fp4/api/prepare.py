@@ -13,18 +13,23 @@ from torch import Tensor, nn
 
 from llm_fp4 import ranks
 from llm_fp4.errors import RecipeError, UnsupportedError
-from llm_fp4.models import Batch, Structure, find_structure, kept_whole
+from llm_fp4.models import Batch, Structure, WeightSource, find_structure, kept_whole, separate_experts
 from llm_fp4.recipe import Recipe, matches
 
 _BATCH_TOKENS = 2048
 
 
-def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
+def checked_structure(model: nn.Module, recipe: Recipe, source: WeightSource | None = None) -> Structure:
     """Return the structure of ``model`` once the recipe is known to fit it, before anything is loaded.
 
+    Experts in one tensor are taken apart first, see :func:`llm_fp4.models.separate_experts`.
+
+    Args:
+        source: of the model's weights; None where they are in memory.
     Raises:
         UnsupportedError: no blocks, nothing selected, or a layer asked for by name that cannot be quantized. RecipeError: a pattern that matches nothing.
     """
+    whole = separate_experts(model, source, recipe.selects)
     structure = find_structure(model)
     if recipe.transforms.rotation != "none":  # the head takes over the last norm's gain, the embedding does not
         structure = replace(structure, tied={})
@@ -33,14 +38,14 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
             f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing can be quantized block by block"
         )
     _check_cache(model, recipe)
-    recipe.check_patterns([*structure.names(), *structure.others, *structure.floats])
+    recipe.check_patterns([*structure.names(), *structure.others, *structure.floats, *whole])
     for pattern in recipe.targets:
         named = [n for n in structure.floats if matches(pattern, n)]
         if named and not any(matches(pattern, n) for n in structure.names()):
             raise UnsupportedError(
                 f"{named[0]} stays in float: it is {structure.floats[named[0]]}; leave {pattern!r} out of targets"
             )
-    if left := [n for n in structure.others if recipe.selects(n)]:
+    if left := [n for n in structure.others if recipe.selects(n) and n not in whole.values()]:
         kind = type(model.get_submodule(left[0])).__name__
         raise UnsupportedError(
             f"{left[0]} is a {kind}, whose weight this version cannot quantize ({len(left)} such modules); "

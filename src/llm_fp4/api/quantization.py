@@ -27,7 +27,7 @@ from llm_fp4.api.provenance import digest, fingerprint, own_version
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError, UnsupportedError
 from llm_fp4.models import Batch, FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
-from llm_fp4.nn import CACHE, CHILD, QuantEmbedding, share_inputs
+from llm_fp4.nn import CACHE, CHILD, QuantEmbedding, forget_wholes, put_together, share_inputs
 from llm_fp4.pipeline import Job, parts
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
@@ -63,7 +63,8 @@ def quantize(
     target = checked_device(device)
     progress(STAGE, 0, 1)
     opened = source if isinstance(source, FloatModel) else open_model(str(source))
-    structure = checked_structure(opened.model, recipe)
+    structure = checked_structure(opened.model, recipe, opened.source)
+    forget_wholes(opened.model)
     progress(STAGE, 1, 1)
     given = None if batches is None else [as_batch(opened.model, b, target) for b in batches]
     if given == []:
@@ -157,6 +158,18 @@ def quantize_module(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if recipe.transforms.rotation != "none":
         raise UnsupportedError("transforms.rotation is not implemented for a model in memory; quantize it from its directory")
+    try:
+        _quantize_in_place(model, batches, recipe, progress)
+    except BaseException:
+        put_together(model)
+        raise
+    forget_wholes(model)
+    share_inputs(model)
+    return model
+
+
+def _quantize_in_place(model: nn.Module, batches: Iterable[Any], recipe: Recipe, progress: Progress) -> None:
+    """Quantize ``model``; an error leaves it as it was, but experts taken apart."""
     structure = checked_structure(model, recipe)
     device = next(model.parameters()).device
     prepared = [as_batch(model, b, device) for b in batches]
@@ -190,14 +203,12 @@ def quantize_module(
     for name in (*structure.embeddings, *structure.aliases):
         if isinstance(table := model.get_submodule(name), QuantEmbedding):
             table._dtype = table._dtype.to(dtypes[f"{structure.aliases.get(name, name)}.weight"])
-    share_inputs(model)
     if recipe.cache_formats():
         from llm_fp4.integrations.cache import keep_in_codes
 
         keep_in_codes(model)
         if attention is not None and not recipe.attention_formats()[0]:  # only to look at what attention multiplies
             cast(Any, model).set_attn_implementation(attention)
-    return model
 
 
 def _all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

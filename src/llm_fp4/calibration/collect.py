@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,23 @@ def _hook(stack: ExitStack, linears: Linears, hook: Callable[[str, Tensor], None
         stack.callback(module.register_forward_pre_hook(pre).remove)
 
 
-def shared_inputs(linears: Linears, run: Callable[[], object]) -> list[list[str]]:
+def shared_inputs(
+    linears: Linears, run: Callable[[], object], rare: Collection[str] = (), later: Iterable[Callable[[], object]] = ()
+) -> list[list[str]]:
     """Return the names of ``linears`` grouped by the tensor they read, in the order they run.
 
     Args:
         run: runs the module that holds them once, on any input. Linears that do not run are left out.
+        rare: those that not every input reaches. later: more runs, made until all of these ran.
     """
     groups: dict[int, list[str]] = {}
+    earlier: set[str] = set()
     alive = []  # the tensors are kept, so that no id is given twice
     with ExitStack() as stack:
 
         def note(name: str, x: Tensor) -> None:
+            if name in earlier:
+                return
             alive.append(x)
             members = groups.setdefault(id(x), [])
             if name not in members:
@@ -48,6 +54,11 @@ def shared_inputs(linears: Linears, run: Callable[[], object]) -> list[list[str]
 
         _hook(stack, linears, note)
         run()
+        for again in later:
+            earlier = {n for members in groups.values() for n in members}
+            if earlier >= set(rare):
+                break
+            again()
     return list(groups.values())
 
 

@@ -24,7 +24,7 @@ METHOD = "llm_fp4"
 VERSION = 1
 _DTYPES = {
     "weight_packed": torch.uint8, "weight_scale": torch.float32, "weight_global_scale": torch.float32, "input_scale": torch.float32, "input_shift": torch.uint8,
-    "input_smooth": torch.float32, "input_left": torch.float32, "input_right": torch.float32,
+    "input_smooth": torch.float32, "input_left": torch.float32, "input_right": torch.float32, "input_offset": torch.float32,
 }  # fmt: skip
 STORED = frozenset(_DTYPES)  # the tensors of quantized modules, which are stored as they are
 
@@ -40,6 +40,7 @@ class ModuleEntry:
         multiplier: what an embedding's rows are multiplied by (Gemma).
         blocks: the blocks of the weight that share a scale; None: one float32 scale a row.
         tied_to: the embedding whose packed weight this linear reads; it then stores none of its own.
+        added_bias: whether the linear has a bias that the float model's has not.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class ModuleEntry:
     tied_to: str | None = None
     multiplier: float = 1.0
     blocks: PerBlock | None = None
+    added_bias: bool = False
 
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"kind": self.kind, "weight": self.format.name, "shape": list(self.shape)}
@@ -56,6 +58,7 @@ class ModuleEntry:
         if self.input is not None:
             out["input"] = self.input.to_json()
         out |= {"multiplier": self.multiplier} if self.multiplier != 1.0 else {}
+        out |= {"added_bias": True} if self.added_bias else {}
         return out | ({"tied_to": self.tied_to} if self.tied_to else {})
 
     @classmethod
@@ -66,7 +69,9 @@ class ModuleEntry:
             CheckpointError: a field is missing, unknown or impossible.
         """
         try:
-            if unknown := sorted(set(data) - {"kind", "weight", "shape", "input", "tied_to", "multiplier", "granularity"}):
+            if unknown := sorted(
+                set(data) - {"kind", "weight", "shape", "input", "tied_to", "multiplier", "granularity", "added_bias"}
+            ):
                 raise CheckpointError(f"unknown fields {unknown}")
             rows, columns = (int(n) for n in data["shape"])
             if data["kind"] not in ("linear", "embedding") or rows < 1 or columns < 1:
@@ -82,7 +87,9 @@ class ModuleEntry:
             ):
                 raise CheckpointError(f"granularity {data['granularity']!r} of the weight of a {data['kind']}")
             multiplier = float(data.get("multiplier", 1.0))
-            return cls(data["kind"], parse(data["weight"]), (rows, columns), spec, data.get("tied_to"), multiplier, blocks)
+            if not isinstance(added := data.get("added_bias", False), bool) or (added and data["kind"] != "linear"):
+                raise CheckpointError(f"added_bias {added!r} of a {data['kind']}")
+            return cls(data["kind"], parse(data["weight"]), (rows, columns), spec, data.get("tied_to"), multiplier, blocks, added)
         except (KeyError, TypeError, ValueError, AttributeError, LlmFp4Error) as error:
             raise CheckpointError(
                 f"the manifest entry of {name} cannot be read ({error}); the checkpoint is damaged or needs a newer llm-fp4"
@@ -104,11 +111,14 @@ class ModuleEntry:
                 out["input_smooth"] = (columns,)
             if factors := self.input.factors:
                 out |= {"input_left": (factors[0],) * 2, "input_right": (factors[1],) * 2}
+            if self.input.offset:
+                out["input_offset"] = (columns,)
+        out |= {"bias": (rows,)} if self.added_bias else {}
         return out
 
     def dtype(self, suffix: str) -> torch.dtype:
         """Return the type in which the tensor called ``suffix`` is stored."""
-        return self.blocks.torch_dtype if self.blocks and suffix == "weight_scale" else _DTYPES[suffix]
+        return self.blocks.torch_dtype if self.blocks and suffix == "weight_scale" else _DTYPES.get(suffix, torch.float32)
 
 
 Manifest = dict[str, ModuleEntry]
@@ -146,7 +156,7 @@ def read_manifest(config: dict[str, Any], where: str) -> Manifest:
 
 def site_spec(site: dict[str, Any]) -> InputSpec:
     """Return the spec of an input site from its plan as JSON."""
-    known = {"format", "granularity", "max_shift", "smooth", "transform"}
+    known = {"format", "granularity", "max_shift", "smooth", "transform", "offset"}
     return InputSpec.from_json({k: v for k, v in site.items() if k in known})
 
 
@@ -168,6 +178,7 @@ def manifest_of_plans(plans: list[dict[str, Any]], shapes: dict[str, tuple[int, 
                 weight.get("tied_to"),
                 weight.get("multiplier", 1.0),
                 blocks,
+                weight.get("added_bias", False),
             )
             out[name] = entry.to_json()
     return out

@@ -73,6 +73,10 @@ def float_twin(model: nn.Module) -> None:
         if isinstance(module, QuantLinear):
             twin = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             bias = None if module.bias is None else nn.Parameter(module.bias.float(), requires_grad=False)
+            if module.input_offset is not None:  # the bias holds W z, but a float input has z in it still
+                assert module.bias is not None
+                constant = module.bias.double() - shared[key].double() @ module.input_offset.double()
+                bias = nn.Parameter(constant.float(), requires_grad=False)
             twin.register_parameter("bias", bias)
         else:
             assert isinstance(module, QuantEmbedding)

@@ -47,13 +47,14 @@ def weight_kind(entry: ModuleEntry) -> str:
 
 def hold_weights(
     manifest: Manifest, target: str, container: Callable[[ModuleEntry], str | None], remedy: str,
-    holds_input: Callable[[ModuleEntry, InputSpec], bool] = lambda entry, spec: False,
+    holds_input: Callable[[ModuleEntry, InputSpec], bool] = lambda entry, spec: False, *, new_biases: bool = False,
 ) -> Holding:  # fmt: skip
     """Return how ``target`` holds every weight, with the input sides that it does not hold left out.
 
     Args:
         container: the target's type that holds an entry's weight without rounding, or None. remedy: what to do where it is None.
-        holds_input: whether the target quantizes that input as we do.
+        holds_input: whether the target quantizes that input as we do. new_biases: whether the export writes biases other than the
+            checkpoint's, and for layers without: an input's offset is then taken out of them again.
     Raises:
         UnsupportedError: weights that the target cannot hold, or that are wrong without their input side (smoothed, transformed).
     """
@@ -71,6 +72,15 @@ def hold_weights(
         raise UnsupportedError(
             f"{target} cannot hold the {next(iter(mixed.values()))} transform of the inputs of {some(mixed)}, and without it "
             "the weights are wrong; export a recipe without online transforms"
+        )
+    if shifted := [n for n, spec in inputs.items() if spec.offset and not new_biases]:
+        raise UnsupportedError(
+            f"{target} cannot hold the input offsets of {some(shifted)}, and without them the biases are wrong; "
+            "export a recipe with inputs.offset none and inputs.unsigned false"
+        )
+    if added := [n for n, e in manifest.items() if e.added_bias and not new_biases]:
+        raise UnsupportedError(
+            f"{target} has no place for the bias that {some(added)} gained; export a recipe with search.bias_correction false"
         )
     holding = Holding(target, {n: held for n, held in found.items() if held is not None})
     if left := [spec for n, spec in inputs.items() if not holds_input(manifest[n], spec)]:

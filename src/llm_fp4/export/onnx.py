@@ -50,7 +50,11 @@ def hold(manifest: Manifest, weights: PackedWeights) -> Holding:
         UnsupportedError: formats whose levels exceed 8-bit integers, or smoothed inputs.
     """
     holding = hold_weights(
-        manifest, "onnx", _container, "quantize them to 4 bits with a scale a row, or leave them in float (--ignore)"
+        manifest,
+        "onnx",
+        _container,
+        "quantize them to 4 bits with a scale a row, or leave them in float (--ignore)",
+        new_biases=True,
     )
     if "FLOAT4E2M1" in holding.containers.values():
         holding.notes.append(

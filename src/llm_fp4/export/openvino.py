@@ -39,7 +39,11 @@ def hold(manifest: Manifest, weights: PackedWeights) -> Holding:
         UnsupportedError: formats whose levels exceed 8-bit integers, or smoothed inputs.
     """
     holding = hold_weights(
-        manifest, "openvino", _container, "quantize them to 4 bits with a scale a row, or leave them in float (--ignore)"
+        manifest,
+        "openvino",
+        _container,
+        "quantize them to 4 bits with a scale a row, or leave them in float (--ignore)",
+        new_biases=True,
     )
     holding.notes.append(
         "compile it with INFERENCE_PRECISION_HINT=f32 (and DYNAMIC_QUANTIZATION_GROUP_SIZE=0) to compute as exactly as here: "

@@ -52,6 +52,7 @@ def operands_of(module: nn.Module, names: tuple[str, ...], where: str) -> list[Q
         _require(isinstance(child, QuantLinear), f"{where}.{name} is not quantized")
         assert isinstance(child, QuantLinear)
         _require(child.input_left is None, f"the input of {where}.{name} passes a learned transform")
+        _require(child.input_offset is None, f"{where}.{name} subtracts an offset from its input")
         integers = child.exact and (child.weight_format.bits == 4 or child.weight_format.name == "e1m6")
         weight_only = child.spec is None and child.blocks is None and child.weight_format.bits == 4
         _require(

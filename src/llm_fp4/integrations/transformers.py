@@ -19,9 +19,12 @@ from llm_fp4.nn import (
     CacheCodes,
     PackedModule,
     borrow_weight,
+    forget_wholes,
+    fused_experts,
     replace_module,
     share_inputs,
     share_weight,
+    take_apart,
 )
 from llm_fp4.plan import AttentionSpec, CacheSpec
 
@@ -76,8 +79,13 @@ def install(model: nn.Module, manifest: Manifest) -> None:
     Raises:
         CheckpointError: the model has no such module, or one of another shape.
     """
+    wholes = {name.rpartition(".")[0] for name in manifest}
+    for name, module, own in list(fused_experts(model)):
+        if f"{name}.{own}" in wholes:
+            take_apart(module, own)
+    forget_wholes(model)
     for name, entry in manifest.items():
-        replace_module(model, name, entry.format, entry.input, entry.shape, entry.multiplier, entry.blocks)
+        replace_module(model, name, entry.format, entry.input, entry.shape, entry.multiplier, entry.blocks, entry.added_bias)
         if entry.tied_to is not None:
             head = model.get_submodule(name)
             assert isinstance(head, PackedModule)

@@ -79,6 +79,10 @@ class LlmFp4VllmConfig(QuantizationConfig):  # type: ignore[misc]
             name = prefix or self.embedding_name()
             entry = self.manifest.get(name)
             return LlmFp4EmbeddingMethod(name, entry) if entry else UnquantizedEmbeddingMethod()
+        if "MoE" in type(layer).__name__ and (packed := next((n for n in self.manifest if n.startswith(f"{prefix}.")), None)):
+            raise UnsupportedError(
+                f"vLLM fuses the experts of {prefix}, whose packed weights ({packed}) it cannot take; leave them in float"
+            )
         return None
 
     def embedding_name(self) -> str:
@@ -126,6 +130,11 @@ class LlmFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype, **extra: Any,
     ) -> None:  # fmt: skip
         entries = list(self.entries.values())
+        if offset := [n for n, e in self.entries.items() if e.added_bias or (e.input is not None and e.input.offset)]:
+            raise UnsupportedError(
+                f"vLLM cannot serve {offset[0]}, whose input has an offset or which gained a bias; quantize again with inputs.offset "
+                "none, inputs.unsigned false and search.bias_correction false"
+            )
         bits, rows, columns = entries[0].format.bits, sum(output_partition_sizes), input_size_per_partition
         if columns < input_size and packed_width(columns, bits) * 8 != columns * bits:
             raise UnsupportedError(f"{self.prefix} cannot be split: {columns} weights of {bits} bits do not end on a byte")

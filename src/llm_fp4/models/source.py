@@ -33,6 +33,10 @@ class WeightSource(Protocol):
         """Return the stored tensor over its mapped file, or None where it is in memory anyway."""
         ...
 
+    def part(self, name: str, stored: str, index: int, transposed: bool) -> None:
+        """Note that the tensor ``name`` is the matrix ``index`` of the tensor ``stored``, or its transpose."""
+        ...
+
 
 class InMemory:
     """A model that is all there: nothing is loaded or released."""
@@ -53,6 +57,9 @@ class InMemory:
     def table(self, name: str) -> Tensor | None:
         return None
 
+    def part(self, name: str, stored: str, index: int, transposed: bool) -> None:
+        self._dtypes[name] = self.dtype(stored)
+
 
 class LazyFiles:
     """Loads modules of a meta-device model from files, as float32, and sends them back to meta."""
@@ -60,6 +67,7 @@ class LazyFiles:
     def __init__(self, files: TensorFiles, renames: dict[str, str] | None = None) -> None:
         self.files = files
         self._renames = renames or {}  # name in the model → name in the files (tied weights)
+        self._parts: dict[str, tuple[str, int, bool]] = {}  # name in the model → stored tensor, index, whether transposed
 
     def check(self, model: nn.Module) -> None:
         """Check every tensor of ``model`` against the files' headers, so that a run does not stop in the middle.
@@ -101,7 +109,10 @@ class LazyFiles:
         return module
 
     def _read(self, full: str, shape: tuple[int, ...]) -> Tensor:
-        value = self.files.get(self._renames.get(full, full))
+        whole, index, transposed = self._parts.get(full, (self._renames.get(full, full), None, False))
+        value = self.files.get(whole)
+        value = value if index is None else value[index]
+        value = value.t() if transposed else value
         self._check(full, tuple(value.shape), shape, value.dtype)
         return value
 
@@ -114,7 +125,10 @@ class LazyFiles:
                 owner._buffers[child] = tensor.to("meta")
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.files.dtype(self._renames.get(name, name))
+        return self.files.dtype(self._parts[name][0] if name in self._parts else self._renames.get(name, name))
+
+    def part(self, name: str, stored: str, index: int, transposed: bool) -> None:
+        self._parts[name] = (self._renames.get(stored, stored), index, transposed)
 
     def table(self, name: str) -> Tensor | None:
         return self.files.get(self._renames.get(name, name))

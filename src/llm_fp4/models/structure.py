@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from llm_fp4.nn import is_linear, linear_shape
+from llm_fp4.nn import ExpertList, is_linear, linear_shape
 
 CONVOLUTION = "a convolution, which reads patches instead of tokens"
 TABLE = "a small table of positions or types, which every sequence reads"
@@ -105,8 +105,9 @@ def _why_float(model: nn.Module, name: str, module: nn.Module) -> str:
     wide = {n: p for n, p in module._parameters.items() if p is not None and p.dim() > 1}
     if all((n != "weight" and p.dim() == 2) or 1 in p.shape for n, p in wide.items()):
         return PARAMETER
-    siblings = model.get_submodule(name.rpartition(".")[0]).children()
+    siblings = list(model.get_submodule(name.rpartition(".")[0]).children())
     experts = {len(p) for m in siblings for p in m._parameters.values() if p is not None and p.dim() == 3}
+    experts |= {len(child) for m in siblings for child in m.children() if isinstance(child, ExpertList)}
     if set(wide) == {"weight"} and len(wide["weight"]) in experts:
         return ROUTER
     return ""

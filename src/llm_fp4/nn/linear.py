@@ -33,7 +33,7 @@ class PackedModule(nn.Module):
     ``weight_scale`` is (rows,) float32, or the stored scales of blocks, E4M3 ones with ``weight_global_scale`` () over them.
     """
 
-    kept = ("weight_scale", "weight_global_scale", "input_scale", "input_smooth", "input_left", "input_right")
+    kept = ("weight_scale", "weight_global_scale", "input_scale", "input_smooth", "input_left", "input_right", "input_offset")
     weight_packed: Tensor
     weight_scale: Tensor
     weight_global_scale: Tensor | None
@@ -87,6 +87,8 @@ class QuantLinear(PackedModule):
     input_smooth: Tensor | None
     input_left: Tensor | None
     input_right: Tensor | None
+    input_offset: Tensor | None
+    folded = False  # whether the bias holds more than the float layer's: float32 then, whatever the model's type
     site: InputSite | None = None  # shared with the linears that read the same input
 
     def __init__(
@@ -104,13 +106,24 @@ class QuantLinear(PackedModule):
         self.register_buffer("input_smooth", smooth)
         for name, size in zip(("input_left", "input_right"), (spec and spec.factors) or (0, 0), strict=True):
             self.register_buffer(name, torch.eye(size, dtype=torch.float32, device=device) if size else None)
+        offset = torch.zeros(in_features, dtype=torch.float32, device=device) if spec and spec.offset else None
+        self.register_buffer("input_offset", offset)
 
     @classmethod
-    def from_plan(cls, weight: QuantizedTensor, plan: InputPlan | None, bias: Tensor | None) -> QuantLinear:
-        """Return the layer of a quantized weight under its site's plan; ``bias`` is (out,) or None."""
+    def from_plan(
+        cls, weight: QuantizedTensor, plan: InputPlan | None, bias: Tensor | None, folded: Tensor | None = None
+    ) -> QuantLinear:
+        """Return the layer of a quantized weight under its site's plan.
+
+        Args:
+            bias: (out,) or None. folded: (out,) float32 that is added to it, see :class:`~llm_fp4.plan.SiteResult`; or None.
+        """
         rows, columns = weight.shape
         blocks = weight.granularity if isinstance(weight.granularity, PerBlock) else None
+        if folded is not None:
+            bias = folded if bias is None else bias.detach().float() + folded
         layer = cls(columns, rows, weight.format, plan.spec if plan else None, bias is not None, "meta", blocks=blocks)
+        layer.folded = folded is not None
         layer.weight_packed, layer.weight_scale = weight.packed, weight.scale
         layer.weight_global_scale = None if weight.second_scale is None else weight.second_scale.clone()
         if bias is not None:
@@ -122,6 +135,7 @@ class QuantLinear(PackedModule):
             layer.input_smooth = None if plan.smooth is None else plan.smooth.clone()
             layer.input_left = None if plan.left is None else plan.left.clone()
             layer.input_right = None if plan.right is None else plan.right.clone()
+            layer.input_offset = None if plan.offset is None else plan.offset.clone()
         return layer
 
     @property
@@ -158,13 +172,12 @@ class QuantLinear(PackedModule):
         return result
 
     def transformed(self, rows: Tensor) -> Tensor:
-        """Return (tokens, in) rows as they are quantized: after the transform of the input, if it has one."""
-        if self.spec is None or self.spec.transform is None:
-            return rows
+        """Return (tokens, in) rows as they are quantized: after the transform of the input and less its offset, if it has these."""
         if self.input_left is not None and self.input_right is not None:
-            return kronecker(rows, self.input_left, self.input_right)
-        mixed: Tensor = hadamard(rows)
-        return mixed
+            rows = kronecker(rows, self.input_left, self.input_right)
+        elif self.spec is not None and self.spec.transform is not None:
+            rows = hadamard(rows)
+        return rows if self.input_offset is None else rows.float() - self.input_offset
 
     def _integer_product(self, x: Tensor, rows: Tensor, spec: InputSpec, bias: Tensor | None) -> Tensor:
         f, w = spec.format, self.weight_format

@@ -18,12 +18,13 @@ from llm_fp4.plan import InputSpec
 
 def replace_module(
     model: nn.Module, name: str, fmt: FloatFormat, spec: InputSpec | None, shape: tuple[int, int], multiplier: float = 1.0,
-    blocks: PerBlock | None = None,
+    blocks: PerBlock | None = None, added_bias: bool = False,
 ) -> None:  # fmt: skip
     """Put an empty quantized module in the place of the float module ``name``, on its device and in its dtype.
 
     Args:
         shape: (rows, columns) that the checkpoint states. multiplier: of an embedding's rows. blocks: of a linear's weight that share a scale.
+        added_bias: the quantized linear has a bias, though the float one has none.
     Raises:
         CheckpointError: the model has no such linear or embedding, or one of another shape.
     """
@@ -46,7 +47,7 @@ def replace_module(
     device, dtype = weight.device, weight.dtype
     new: PackedModule
     if is_linear(old):
-        new = QuantLinear(shape[1], shape[0], fmt, spec, old.bias is not None, device, dtype, blocks)
+        new = QuantLinear(shape[1], shape[0], fmt, spec, added_bias or old.bias is not None, device, dtype, blocks)
     else:
         new = QuantEmbedding(*shape, fmt, device, dtype, multiplier)
     parent._modules[child] = new
@@ -80,6 +81,6 @@ def share_inputs(model: nn.Module) -> None:
 
 
 def _alike(a: QuantLinear, b: QuantLinear) -> bool:
-    names = ("input_scale", "input_shift", "input_smooth", "input_left", "input_right")
+    names = ("input_scale", "input_shift", "input_smooth", "input_left", "input_right", "input_offset")
     pairs = [(getattr(a, n), getattr(b, n)) for n in names]
     return a.spec == b.spec and all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)

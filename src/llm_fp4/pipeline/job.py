@@ -19,6 +19,7 @@ from llm_fp4.calibration import inputs_of, shared_inputs
 from llm_fp4.checkpoint import STORED, RunStore
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, kept_whole, set_module, weight_shapes
+from llm_fp4.nn import expert_lists
 from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.attention import AttentionSites
 from llm_fp4.pipeline.caches import decide_caches, place_caches
@@ -26,8 +27,9 @@ from llm_fp4.pipeline.embeddings import lookups, quantize_embedding, selected_em
 from llm_fp4.pipeline.learning import learn_transforms
 from llm_fp4.pipeline.memory import settle
 from llm_fp4.pipeline.rotating import rotated
-from llm_fp4.pipeline.sites import Decided, Linears, decide_site, quantized_layers, selected_linears, split_sites, stored_layer
+from llm_fp4.pipeline.sites import Decided, Linears, quantized_layers, selected_linears, split_sites, stored_layer
 from llm_fp4.pipeline.tied import Runs, float_head_gram, parts, shared_heads
+from llm_fp4.pipeline.waves import Wave, decide_wave, waves
 from llm_fp4.plan import ATTENTION_INPUTS, CACHE_TENSORS, FixedWeight, WeightPlan
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe
@@ -140,13 +142,19 @@ class Job:
             self.model.get_submodule(name), name, self.recipe, selected, run, len(self.batches), self.gradients
         )
         decided = []
-        groups = split_sites(shared_inputs(selected, lambda: run(0)), selected, self.recipe)
+        lists = expert_lists(self.model)
+        rare = [n for n in selected if n.rpartition(".")[0] in lists]
+        later = (partial(run, i) for i in range(1, len(self.batches)))
+        groups = split_sites(shared_inputs(selected, lambda: run(0), rare, later), selected, self.recipe, rare=rare)
+        common = [
+            g for g in groups if g[0] not in rare
+        ]  # an expert's input reaches it in no order that a block's output could teach
         learned = self.recipe.transforms.learned
-        maps = learn_transforms(self.runner, name, groups, selected, self.recipe, self._mask) if learned else {}
-        for group in groups:
-            attention.decide(group[0], plans, self.sequential)
-            decided.append(self._decide(group, selected, run, plans, transform=maps.get(group[0])))
-            if self.sequential:  # otherwise every site of the block reads what it reads in the float model
+        maps = learn_transforms(self.runner, name, common, selected, self.recipe, self._mask) if learned else {}
+        for wave in waves(groups, rare, self.recipe):
+            attention.decide(wave[0][0], plans, self.sequential)
+            decided += self._decide(wave, selected, run, plans, transform=maps.get(wave[0][0]))
+            while self.sequential and decided:  # otherwise every site of the block reads what it reads in the float model
                 self._replace(decided.pop())
         attention.decide(None, plans, self.sequential)
         caches, made = decide_caches(
@@ -174,7 +182,8 @@ class Job:
         ran = {n: selected[n] for group in groups for n in group}
         found: Linears = {}
         for group in split_sites(groups, ran, self.recipe, head=True):
-            layers = quantized_layers(self._decide(group, ran, self.runner.tail, plans, head=True))
+            (site,) = self._decide([group], ran, self.runner.tail, plans, head=True)
+            layers = quantized_layers(site)
             found |= layers
             for layer, module in layers.items() if self.sequential else ():
                 set_module(self.model, layer, module)
@@ -207,7 +216,8 @@ class Job:
         if selected:
             self.runner.check(None, lambda run: inputs_of(selected, run))
         for group in split_sites(shared_inputs(selected, lambda: self.runner.tail(0)), selected, self.recipe, head=True):
-            self._replace(self._decide(group, selected, self.runner.tail, plans, head=True))
+            for site in self._decide([group], selected, self.runner.tail, plans, head=True):
+                self._replace(site)
         tensors = self._tensors(self.model, "")
         apart = (*self.structure.blocks, *self.structure.embeddings, *self.structure.aliases, *early)
         shared = {f"{h}.{t}" for h in self.shared_head for t in ("weight_packed", "weight_scale")}
@@ -232,13 +242,13 @@ class Job:
         return selected_linears(self.model, [n for n in names if n not in self.later], self.recipe, head)
 
     def _decide(
-        self, group: list[str], selected: Linears, run: Callable[[int], object], plans: dict[str, Any], head: bool = False,
+        self, wave: Wave, selected: Linears, run: Callable[[int], object], plans: dict[str, Any], head: bool = False,
         transform: InputTransform | None = None,
-    ) -> Decided:  # fmt: skip
-        shared = {n: self.shared_head[n] for n in group if head and n in self.shared_head}
+    ) -> list[Decided]:  # fmt: skip
+        shared = {n: self.shared_head[n] for group in wave for n in group if head and n in self.shared_head}
         fixed = {n: self._stored_embedding(n, embedding) for n, embedding in shared.items()}
-        decided = decide_site(
-            group,
+        decided = decide_wave(
+            wave,
             selected,
             self._runs(run),
             self.recipe,
@@ -327,4 +337,6 @@ class Job:
         """Return what the checkpoint holds of ``module``: packed tensors as they are, the rest in the source's dtype."""
         prefix = f"{name}." if name else ""
         state = module.state_dict(prefix=prefix)
-        return {k: t if k.rpartition(".")[2] in PACKED else t.to(self.source.dtype(k)) for k, t in state.items()}
+        folded = {f"{prefix}{n}.bias" if n else f"{prefix}bias" for n, m in module.named_modules() if getattr(m, "folded", False)}
+        kept = {k for k in state if k.rpartition(".")[2] in PACKED or k in folded}
+        return {k: t if k in kept else t.to(self.source.dtype(k)) for k, t in state.items()}

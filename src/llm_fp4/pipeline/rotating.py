@@ -50,6 +50,9 @@ class RotatedSource:
     def table(self, name: str) -> Tensor | None:
         return None  # the stored one is not rotated
 
+    def part(self, name: str, stored: str, index: int, transposed: bool) -> None:
+        self._source.part(name, stored, index, transposed)
+
 
 class _Probe:
     """Runs the parts of a model on one short batch: what comes before its blocks, the first block, what comes after them."""

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.calibration import collect
 from llm_fp4.checkpoint import site_spec
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.nn import QuantLinear, linear_weight
 from llm_fp4.numerics import PerBlock, parse, parse_granularity, quantize_tensor, require_finite
 from llm_fp4.pipeline.importance import site_importance
-from llm_fp4.pipeline.tied import Runs
 from llm_fp4.plan import FixedWeight, SiteResult
-from llm_fp4.recipe import Recipe
+from llm_fp4.recipe import ModuleRule, Recipe
 from llm_fp4.search import search_site
-from llm_fp4.statistics import SiteStatistics
+from llm_fp4.statistics import SiteStatistics, TokenStore
 from llm_fp4.transforms import HadamardTransform, InputTransform
 
 Linears = dict[str, nn.Module]
@@ -38,16 +35,21 @@ def selected_linears(model: nn.Module, names: list[str], recipe: Recipe, head: b
     return found
 
 
-def split_sites(groups: list[list[str]], selected: Linears, recipe: Recipe, head: bool = False) -> list[list[str]]:
+def split_sites(
+    groups: list[list[str]], selected: Linears, recipe: Recipe, head: bool = False, rare: Collection[str] = ()
+) -> list[list[str]]:
     """Return groups split where operands of one tensor ask for different inputs.
 
+    Args:
+        rare: linears that may be idle (experts); each is a group of its own then.
     Raises:
         UnsupportedError: a selected linear did not run, so that nothing is known of its input.
     """
     ran = {n for g in groups for n in g}
     if twice := [n for n in ran if sum(n in g for g in groups) > 1]:
         raise UnsupportedError(f"{twice[0]} runs on several inputs in one pass, which is not implemented; add --ignore {twice[0]}")
-    if idle := sorted(set(selected) - ran):
+    groups = groups + [[n] for n in selected if n in rare and n not in ran]
+    if idle := sorted(set(selected) - ran - set(rare)):
         raise UnsupportedError(f"{idle[0]} did not run on the calibration data, so it cannot be quantized; add --ignore {idle[0]}")
     out: dict[tuple[int, Any], list[str]] = {}
     for i, group in enumerate(groups):
@@ -71,36 +73,37 @@ class Decided:
 
 
 def decide_site(
-    group: list[str], selected: Linears, runs: Runs, recipe: Recipe, fixed: dict[str, FixedWeight], plans: dict[str, Any],
-    folder: Path, device: torch.device, head: bool = False, transform: InputTransform | None = None,
-    gradients: Mapping[str, Tensor] | None = None,
+    group: list[str], selected: Linears, store: TokenStore, recipe: Recipe, fixed: dict[str, FixedWeight], plans: dict[str, Any],
+    device: torch.device, head: bool = False, transform: InputTransform | None = None, gradients: Mapping[str, Tensor] | None = None,
 ) -> Decided:  # fmt: skip
-    """Return the decision of one site, after its inputs were collected; ``plans`` gains its JSON.
+    """Return the decision of one site; ``plans`` gains its JSON.
 
     Args:
-        fixed: operands whose weight is decided already. folder: for the rows. transform: of the input, as it arrives.
-        gradients: of the loss at the operands' outputs, where errors count by them.
+        store: rows of its input, transformed already. fixed: operands whose weight is decided already.
+        transform: of the input, as it arrives. gradients: of the loss at the operands' outputs, where errors count by them.
     """
     name = group[0]
     weights = {n: linear_weight(selected[n]).float() for n in group}
     for n, w in weights.items():
         require_finite(w, f"the weight of {n}")
     rules = {n: recipe.rule(n, head=head) for n in group}
-    if transform is None and rules[name].transform and rules[name].input_formats:
-        transform = HadamardTransform()
     if transform is not None:
         weights = {n: transform.weight(w) for n, w in weights.items()}
-    stores = collect({name: selected[name]}, runs, folder, transform.rows if transform is not None else None)
-    importance = None if gradients is None else site_importance(gradients, weights, stores[name].tokens)
-    statistics = SiteStatistics(name, stores[name], device, recipe.seed ^ zlib.crc32(name.encode()), importance)
+    importance = None if gradients is None else site_importance(gradients, weights, store.tokens)
+    statistics = SiteStatistics(name, store, device, recipe.seed ^ zlib.crc32(name.encode()), importance)
     result = search_site(name, weights, statistics, rules, recipe, fixed)
-    stores[name].delete()
     if transform is not None and result.input is not None:
         transform.tell(result.input)
-    plans["weights"] |= {n: {"kind": "linear", **p.to_json()} for n, p in result.weights.items()}
+    added = {n: {"added_bias": True} for n in result.bias if getattr(selected[n], "bias", None) is None}
+    plans["weights"] |= {n: {"kind": "linear", **p.to_json(), **added.get(n, {})} for n, p in result.weights.items()}
     if result.input is not None:
         plans["inputs"][name] = result.input.to_json()
     return Decided(weights, selected, result)
+
+
+def transform_of(rule: ModuleRule) -> InputTransform | None:
+    """Return what the recipe lets an input pass before it is quantized."""
+    return HadamardTransform() if rule.transform and rule.input_formats else None
 
 
 def quantized_layers(site: Decided) -> dict[str, QuantLinear]:
@@ -110,7 +113,7 @@ def quantized_layers(site: Decided) -> dict[str, QuantLinear]:
         source = site.result.rounded.get(n, w if plan is None or plan.smooth is None else w * plan.smooth)
         chosen = site.result.weights[n]
         quantized = quantize_tensor(source, chosen.scale.to(w.device), chosen.format, chosen.granularity, n, chosen.second_scale)
-        layers[n] = QuantLinear.from_plan(quantized, plan, getattr(site.modules[n], "bias", None))
+        layers[n] = QuantLinear.from_plan(quantized, plan, getattr(site.modules[n], "bias", None), site.result.bias.get(n))
     return layers
 
 

@@ -34,6 +34,8 @@ class InputSpec:
         smooth: whether a real factor per channel divides the input first (SmoothQuant).
         transform: "hadamard" where the input passes ``kernels.hadamard`` before it is quantized, "kronecker_24x24" and the like where
             it is multiplied by a Kronecker product of stored (24, 24) and (24, 24) factors; its weights were transformed to match.
+        offset: whether a real number per channel is subtracted from the input before all else but the transform; what it
+            would have added to the output is in the operands' biases. An unsigned format wants an input that it makes non-negative.
     """
 
     format: FloatFormat
@@ -50,8 +52,8 @@ class InputSpec:
             )
         if self.blocks is not None and (self.max_shift or self.smooth):
             raise UnsupportedError("channel shifts and smoothing of inputs with block scales are not implemented; leave them out")
-        if self.offset:
-            raise UnsupportedError("input offset is not implemented in this version; leave it out of the plan")
+        if self.offset and self.smooth:
+            raise UnsupportedError("an input offset beside smoothing is not implemented; leave one of them out")
         if self.transform not in (None, "hadamard") and self.factors is None:
             raise UnsupportedError(
                 f"input transform {self.transform!r} is not implemented; use hadamard or kronecker_24x24, say, or leave it out of the plan"
@@ -95,6 +97,7 @@ class InputSpec:
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"format": self.format.name, "granularity": self.granularity, "max_shift": self.max_shift}
         out |= {"transform": self.transform} if self.transform else {}
+        out |= {"offset": True} if self.offset else {}
         return out | ({"smooth": True} if self.smooth else {})
 
     @classmethod
@@ -122,6 +125,7 @@ class InputPlan:
         shift: (in,) uint8 k with ``step_j = scale * 2**-k_j``, or None.
         smooth: (in,) float32 that divides the input, or None.
         left, right: (a, a) and (b, b) float32 factors of a Kronecker transform, or None.
+        offset: (in,) float32 that is subtracted from the input, or None.
         error: squared output error over the output's squared norm, calibration tokens, all operands.
         clipped: share of the calibration sample's values beyond what a static scale reaches.
     """
@@ -132,6 +136,7 @@ class InputPlan:
     scale: Tensor
     shift: Tensor | None = None
     smooth: Tensor | None = None
+    offset: Tensor | None = None
     error: float | None = None
     sink_ratio: float | None = None
     reason: str = ""
@@ -194,11 +199,14 @@ class SiteResult:
     Attributes:
         input: None in weight-only recipes.
         rounded: (out, in) values on the grid of weights that are not simply rounded to nearest (error compensation).
+        bias: (out,) float32 to be added to an operand's bias: what the input's offset took away, the mean error with its sign
+            changed, or both. An operand without bias gains one.
     """
 
     input: InputPlan | None
     weights: dict[str, WeightPlan]
     rounded: dict[str, Tensor] = field(default_factory=dict)
+    bias: dict[str, Tensor] = field(default_factory=dict)
 
 
 ATTENTION_INPUTS = ("query", "key", "probability", "value")

@@ -16,7 +16,7 @@ def _block_preset(rules: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fpq": {"method": "fpq"},
-    "fpq-baseline": {"method": "fpq-baseline", "inputs": {"shift": False, "sinks": "static"}},
+    "fpq-baseline": {"method": "fpq-baseline", "inputs": {"shift": False, "sinks": "static", "unsigned": False}},
     "fpq-gptq": {"method": "fpq", "search": {"compensation": "gptq"}},
     "minmax-fp": {"method": "minmax", "inputs": {"shift": False, "sinks": "static"}},
     "minmax-int": {
@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoothquant": {"method": "smoothquant", "inputs": {"shift": False, "sinks": "static"}},
     "fpq-paper": {
         "method": "fpq",
-        "inputs": {"sinks": "static"},
+        "inputs": {"sinks": "static", "unsigned": False},
         "search": {"grid": "paper", "propagation": "parallel"},
     },
     "fast": {"inputs": {"shift_range": "int8"}, "search": {"rounds": 1, "sample_tokens": 512}},

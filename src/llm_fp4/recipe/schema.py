@@ -33,7 +33,7 @@ class ModuleRule(Strict):
     """What holds for one module after overrides: candidate formats and the input's treatment.
 
     ``weight_blocks``, ``input_blocks``: the blocks that share a scale, None where rows, tokens or tensors do. ``transform``:
-    whether the input passes a Hadamard transform as it arrives.
+    whether the input passes a Hadamard transform as it arrives. ``unsigned_formats``: candidates for an input that is never negative.
     """
 
     weight_formats: tuple[FloatFormat, ...]
@@ -44,6 +44,7 @@ class ModuleRule(Strict):
     weight_blocks: PerBlock | None = None
     input_blocks: PerBlock | None = None
     transform: bool = False
+    unsigned_formats: tuple[FloatFormat, ...] = ()
 
     @property
     def site(self) -> tuple[Any, ...]:
@@ -127,13 +128,14 @@ class Recipe(Strict):
                 transform = transform if o.input_transform is None else o.input_transform
         rule = ModuleRule(
             weight_formats=self._candidates(weight_bits, weight_formats, f"the weight of {name}"),
-            input_formats=self._candidates(activation_bits, input_formats, f"the input of {name}"),
+            input_formats=self._candidates(activation_bits, self._signed(input_formats), f"the input of {name}"),
             granularity=granularity,
             shift=shift and self.method == "fpq" and granularity != "per_block",
             shift_range=shift_range,
             transform=transform == "hadamard",
             weight_blocks=self.weights.blocks if weight_granularity == "per_block" else None,
             input_blocks=self.inputs.blocks if granularity == "per_block" else None,
+            unsigned_formats=self._unsigned(activation_bits, input_formats),
         )
         self._check_blocks(rule, name)
         return rule
@@ -191,6 +193,21 @@ class Recipe(Strict):
         if names is None:  # the inputs' are of another width, maybe
             names = [n for n in self.inputs.formats or [] if n == "int" or parse(n).bits == bits] or None
         return self._candidates(bits, names, "the cache")
+
+    def _signed(self, names: list[str] | None) -> list[str] | None:
+        """Return the names for inputs of either sign, where unsigned ones are allowed beside them."""
+        if names is None or not self.inputs.unsigned:
+            return names
+        return [n for n in names if n == "int" or parse(n).signed]
+
+    def _unsigned(self, bits: int, names: list[str] | None) -> tuple[FloatFormat, ...]:
+        """Return the unsigned candidates of an input; none where the recipe does not allow or the method does not search them."""
+        if bits == FLOAT_BITS or not self.inputs.unsigned or not self.method.startswith("fpq"):
+            return ()
+        if names is None:  # without a mantissa bit the sign's bit is spent on range alone, beyond what integers hold
+            return tuple(f for f in formats_of_width(bits, signed=False) if f.mantissa_bits)
+        given = (parse(f"uint{bits}") if n == "int" else parse(n) for n in names)
+        return tuple(f for f in given if f.bits == bits and not f.signed)
 
     def _candidates(self, bits: int, names: list[str] | None, what: str) -> tuple[FloatFormat, ...]:
         if bits == FLOAT_BITS:

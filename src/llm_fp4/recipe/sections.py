@@ -102,6 +102,8 @@ class InputRules(_BlockRules):
     most that one int8 limb holds, a number, or "search": 0 or either, by error at each site.
     ``sinks``: what to do with a site whose largest token exceeds the median token ``sink_ratio`` times: "per_token" gives
     that site a scale per token, "static" keeps the one scale.
+    ``offset``: "mean" subtracts each channel's mean before rounding, at sites where that lowers the output error; biases make up
+    for it. ``unsigned``: inputs with hardly a negative value take unsigned formats, their minimum subtracted, where that does.
     """
 
     formats: list[str] | None = None
@@ -110,6 +112,8 @@ class InputRules(_BlockRules):
     shift_range: ShiftRange = "format"
     sinks: Literal["per_token", "static"] = "per_token"
     sink_ratio: float = Field(default=8.0, gt=1)
+    offset: Literal["none", "mean"] = "none"
+    unsigned: bool = True
 
     _check = field_validator("formats")(_check_formats)
     _shifts = field_validator("shift_range")(_check_shift_range)
@@ -169,7 +173,8 @@ class SearchRules(Strict):
     second. ``propagation``: inputs through
     the quantized blocks before, or the float model's own. ``compensation``: after the search, choose levels so that
     later columns make up for the errors of earlier ones; ``damping`` is added to its Hessian; ``sweeps`` of coordinate
-    descent over levels and scales follow it, from ``starts`` different first scales.
+    descent over levels and scales follow it, from ``starts`` different first scales. ``bias_correction``: a layer's bias takes
+    the mean of its output error, which the search then leaves out.
     """
 
     objective: Literal["output", "fisher"] = "output"
@@ -183,6 +188,7 @@ class SearchRules(Strict):
     damping: float = Field(default=0.03, gt=0, lt=1)
     sweeps: int = Field(default=4, ge=0)
     starts: int = Field(default=3, ge=1, le=5)
+    bias_correction: bool = False
 
     @field_validator("gamma")
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from llm_fp4.kernels.simulate import beyond
@@ -10,9 +12,10 @@ from llm_fp4.recipe import ModuleRule, Recipe
 from llm_fp4.search.blocks import search_blocks
 from llm_fp4.search.cache import search_cache
 from llm_fp4.search.compensation import compensate_site
-from llm_fp4.search.descent import descend
+from llm_fp4.search.descent import descend, grids
 from llm_fp4.search.embedding import embedding_plan
 from llm_fp4.search.minmax import minmax
+from llm_fp4.search.offsets import choose_variant, folded_biases, variants
 from llm_fp4.search.products import ProductSample, search_product
 from llm_fp4.search.sinks import sink_ratio
 from llm_fp4.statistics import SiteStatistics
@@ -34,8 +37,12 @@ def search_site(
     """
     statistics.check()
     rule = next(iter(rules.values()))
+    correct = recipe.search.bias_correction and recipe.method.startswith("fpq")
+    statistics = replace(statistics, centered=True) if correct else statistics
     if rule.weight_blocks is not None and rule.weight_formats:
-        return search_blocks(name, weights, statistics, rules, recipe)
+        result = search_blocks(name, weights, statistics, rules, recipe)
+        result.bias = folded_biases(weights, statistics, result, None, correct)
+        return result
     ratio = sink_ratio(statistics.token_absmax()) if rule.input_formats else None
     per_token, reason = rule.granularity == "per_token", ""
     if ratio is not None and not per_token and recipe.inputs.sinks == "per_token" and ratio > recipe.inputs.sink_ratio:
@@ -44,11 +51,27 @@ def search_site(
     if recipe.method in ("minmax", "smoothquant"):
         smooth = recipe.method == "smoothquant"
         result = minmax(name, weights, statistics, rules, per_token=per_token, smooth=smooth, fixed=fixed)
+        result.rounded |= {n: f.values for n, f in (fixed or {}).items()}
     else:
-        result = descend(name, weights, statistics, rules, recipe.search, per_token=per_token, fixed=fixed)
+        chosen, why = (
+            choose_variant(
+                variants(statistics, rule, recipe.inputs), weights, statistics, rules, grids(recipe.search)[1],
+                recipe.search.sample_tokens, per_token=per_token,
+            )
+            if rule.input_formats else (None, "")
+        )  # fmt: skip
+        offset = None if chosen is None else chosen.offset
+        if chosen is not None:
+            rules = {n: r.model_copy(update={"input_formats": chosen.formats}) for n, r in rules.items()}
+        shifted = statistics.minus(offset)
+        result = descend(name, weights, shifted, rules, recipe.search, per_token=per_token, fixed=fixed)
         if recipe.search.compensation == "gptq":
-            compensate_site(weights, statistics, result, recipe.search, fixed)
-    result.rounded |= {n: f.values for n, f in (fixed or {}).items()}
+            compensate_site(weights, shifted, result, recipe.search, fixed)
+        result.rounded |= {n: f.values for n, f in (fixed or {}).items()}
+        result.bias = folded_biases(weights, shifted, result, offset, correct)
+        if result.input is not None and offset is not None:
+            result.input.spec, result.input.offset = replace(result.input.spec, offset=True), offset
+        reason = "; ".join(r for r in (reason, why) if r)
     if result.input is not None:
         result.input.sink_ratio, result.input.reason = ratio, reason
         result.input.clipped = _clipped(result.input, statistics, recipe.search.sample_tokens)

@@ -75,7 +75,8 @@ def choose_block_input(
     """Return the format of an input with block scales, and the scale over them that harms the float outputs least."""
     blocks = rule.input_blocks
     assert blocks is not None
-    error = OutputError(*statistics.sample(sample_tokens), list(weights.values()), [statistics.outputs(n) for n in weights])
+    counts = [statistics.outputs(n) for n in weights]
+    error = OutputError(*statistics.sample(sample_tokens), list(weights.values()), counts, centered=statistics.centered)
     best: InputChoice | None = None
     for fmt in rule.input_formats if search else rule.input_formats[:1]:
         spec, top = InputSpec(fmt, blocks.name), statistics.channel_absmax.amax()

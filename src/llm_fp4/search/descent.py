@@ -50,7 +50,8 @@ def descend(
     starts = maximum_choices(statistics.channel_absmax, rule, per_token=per_token)
     if starts:
         # before any weight is rounded the best input format is the one that hurts the float outputs least
-        error = OutputError(*statistics.sample(search.sample_tokens), list(weights.values()), list(counts.values()))
+        sample, operands = statistics.sample(search.sample_tokens), list(weights.values())
+        error = OutputError(*sample, operands, list(counts.values()), centered=statistics.centered)
         choice, _ = choose_input(error, starts, _fixed_scale())
     best: tuple[float, InputChoice | None, dict[str, WeightChoice], dict[str, float]] | None = None
     chosen: dict[str, WeightChoice] = {}
@@ -86,7 +87,7 @@ def descend(
     }
     if choice is None:
         return SiteResult(None, plans)
-    plan = InputPlan(name, list(weights), choice.spec, choice.scale, choice.shift, None, loss / total_energy)
+    plan = InputPlan(name, list(weights), choice.spec, choice.scale, choice.shift, error=loss / total_energy)
     return SiteResult(plan, plans)
 
 

@@ -26,14 +26,24 @@ class OutputError:
     """The weighted squared output error of a token sample as the input's rounding varies.
 
     With ``E = X - Q`` and ``D = W - W_hat`` the output error is ``E W' + Q D'``. Where the outputs outnumber the inputs
-    it is scored by (in, in) forms, so a vocabulary-sized operand costs no more than a square one.
+    it is scored by (in, in) forms, so a vocabulary-sized operand costs no more than a square one. ``centered``: without the
+    mean of the error, which a bias makes up for.
     """
 
-    def __init__(self, rows: Tensor, row_weight: Tensor, weights: list[Tensor], counts: Sequence[Tensor | None] = ()) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        row_weight: Tensor,
+        weights: list[Tensor],
+        counts: Sequence[Tensor | None] = (),
+        *,
+        centered: bool = False,
+    ) -> None:
         """Args: rows (s, in), row_weight (s,), weights (out, in) of every operand; they stay as they are until :meth:`under`.
 
         ``counts``: (out,) how much the outputs of each operand count; none: all alike.
         """
+        self._centered = centered
         self._roots = [c.sqrt().unsqueeze(1) for c in counts if c is not None]
         weights = self._counted(weights)
         self._rows, self._row_weight, self._weights = rows, row_weight, weights
@@ -68,7 +78,16 @@ class OutputError:
             q = quantize(self._rows[i])
             e = self._rows[i] - q
             lost[i] = self._quadratic_form(e, q) if self._quadratic else self._squared_outputs(e, q)
-        return torch.dot(ranks.united(lost).double(), self._row_weight.double())
+        total = torch.dot(ranks.united(lost).double(), self._row_weight.double())
+        return total - self._of_means(quantize) if self._centered else total
+
+    def _of_means(self, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the () float64 part of the error that its mean over tokens makes."""
+        q, count = quantize(self._rows), self._row_weight.sum()
+        share = (self._row_weight / count).unsqueeze(0)
+        e, q = share @ (self._rows - q), share @ q
+        lost = self._quadratic_form(e, q) if self._quadratic else self._squared_outputs(e, q)
+        return lost.double().sum() * count
 
     def _quadratic_form(self, e: Tensor, q: Tensor) -> Tensor:
         inner = rank_product(e, self._w)

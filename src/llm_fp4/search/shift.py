@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.numerics import FloatFormat
-from llm_fp4.plan import LIMB
+from llm_fp4.plan import LIMB, TWO_LIMBS
 from llm_fp4.recipe import ShiftRange
 
 
@@ -18,14 +18,15 @@ def shift_limits(fmt: FloatFormat, shift_range: ShiftRange) -> list[int]:
 
     "format" is the paper's 2^e - 1, "int8" the largest K with ``max_level * 2**K <= 127``, "search" is 0, both of them.
 
+    Those of unsigned formats stay within two int8 limbs.
+
     >>> shift_limits(FloatFormat(1, 2), "search"), shift_limits(FloatFormat(2, 1), "search"), shift_limits(FloatFormat(3, 0), "int8")
     ([0, 1, 4], [0, 3], [0])
     """
-    if isinstance(shift_range, int):
-        return [shift_range]
     budget = max((LIMB // fmt.max_level).bit_length() - 1, 0)  # 127 // 12 = 10: 3 doublings
     known = {"format": [fmt.max_shift], "int8": [budget], "search": [0, fmt.max_shift, budget]}
-    return sorted(set(known[shift_range]))
+    most = LIMB if fmt.signed else max((TWO_LIMBS // fmt.max_level).bit_length() - 1, 0)  # ue3m1: 192 * 2**6 = 12,288
+    return sorted({min(k, most) for k in ([shift_range] if isinstance(shift_range, int) else known[shift_range])})
 
 
 def channel_shift(channel_absmax: Tensor, fmt: FloatFormat, max_shift: int) -> Tensor:

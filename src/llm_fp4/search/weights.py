@@ -113,7 +113,7 @@ def losses_by_tokens(
 
 def few_tokens(statistics: SiteStatistics) -> bool:
     """Return whether an error costs less as two products with all tokens than as three with Gram matrices."""
-    return 2 * statistics.tokens.tokens < 3 * statistics.tokens.channels
+    return not statistics.centered and 2 * statistics.tokens.tokens < 3 * statistics.tokens.channels
 
 
 def site_losses(
