@@ -21,6 +21,7 @@ from llm_fp4.integrations.decoder import Decoder
 from llm_fp4.models import continued
 from llm_fp4.nn import CACHE, CacheCodes
 from llm_fp4.numerics import fake_quantize, parse
+from llm_fp4.pipeline.caches import rotary_partners
 from llm_fp4.plan import CachePlan, CacheSpec
 from llm_fp4.recipe import Recipe
 
@@ -225,3 +226,9 @@ def test_damaged_scales_and_exports_are_named(tiny_llama: Callable[..., Any], tm
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="a cache of keys and values that cannot be read"):
         llm_fp4.load(out)
+
+
+def test_rotary_pairs_are_those_of_the_models_own_file(tiny_llama: Callable[..., Any]) -> None:
+    attention = tiny_llama().model.layers[0].self_attn
+    assert rotary_partners(attention, 8).tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+    assert rotary_partners(torch.nn.Linear(2, 2), 8) is None

@@ -61,9 +61,10 @@ def test_values_beyond_the_scales_are_counted_when_asked() -> None:
     codes, keys, _ = made("e2m1", "e2m1")
     codes.encode_keys(keys)
     assert codes.beyond is None
-    codes.beyond = [0, 0]
+    codes.beyond = [0.0, 0.0]
     codes.encode_keys(keys * 100)
-    assert codes.beyond == [keys.numel(), int((keys.abs() * 100 / codes.key_scale > 12).sum())]
+    steps = (keys.abs() * 100 / codes.key_scale).double()
+    assert codes.beyond == pytest.approx([float(steps.square().sum()), float((steps - 12).clamp(min=0).square().sum())], rel=1e-4)
     assert codes.beyond[1] > 0
 
 

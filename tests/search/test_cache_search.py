@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.numerics import fake_quantize, formats_of_width, parse
+from llm_fp4.plan import CachePlan
 from llm_fp4.recipe import CacheRules, Recipe
 from llm_fp4.search import ProductSample, search_cache
 from llm_fp4.search.cache import key_groups
@@ -95,3 +96,21 @@ def test_more_bits_err_less() -> None:
 def test_heads_that_share_a_key_are_found() -> None:
     for groups in (1, 2, 4):
         assert key_groups(samples(groups)[0].second) == groups
+
+
+def test_channels_that_positions_turn_into_each_other_share_their_step() -> None:
+    scores, outputs = samples()
+    partners = torch.arange(16).roll(8)
+    found = search_cache(scores, outputs, formats_of_width(4), RULES, SEARCH, partners)
+    alone = search_cache(scores, outputs, formats_of_width(4), RULES, SEARCH)
+    assert torch.equal(found.key_scale, found.key_scale[..., partners])
+    assert not torch.equal(alone.key_scale, alone.key_scale[..., partners])
+    for keys in scores.second:  # a quarter turn: what was one channel's is the other's now
+        keys.copy_(keys[:, partners])
+    turned = [_lost(f, scores) for f in (found, alone)]
+    assert turned[0] < 0.1 * turned[1]
+
+
+def _lost(found: CachePlan, scores: ProductSample) -> float:
+    steps = torch.cat([(k[::2].transpose(1, 2) / found.key_scale).abs() for k in scores.second], 1)
+    return float((steps - found.spec.key.max_level).clamp(min=0).square().sum() / steps.square().sum())

@@ -21,13 +21,14 @@ class Clipped:
     """One input, or the keys of one cache, with a static scale.
 
     Attributes:
-        name: of the linear or attention module. cache: whether it is a cache. values: how many were seen.
-        share: of the values, clipped. calibrated: the share at calibration, None where it is not known.
+        name: of the linear or attention module. cache: whether it is a cache. values: how many were seen, squared for a cache.
+        share: of the values, clipped; of a cache, of the squared keys what lies beyond the largest. calibrated: the share at
+            calibration, None where it is not known.
     """
 
     name: str
     cache: bool
-    values: int
+    values: float
     share: float
     calibrated: float | None
 
@@ -45,13 +46,13 @@ def watch_clipping(model: nn.Module, calibrated: dict[str, float]) -> Iterator[l
         calibrated: the share of each input at calibration, by the name of a linear that reads it, and of each cache.
     """
     found: list[Clipped] = []
-    counts: dict[str, list[int]] = {}
+    counts: dict[str, list[float]] = {}
     caches: dict[str, CacheCodes] = {}
     with ExitStack() as stack:
         sites = set()
         for name, module in model.named_modules():
             if isinstance(codes := module._modules.get(CACHE), CacheCodes):
-                caches[name], codes.beyond = codes, [0, 0]
+                caches[name], codes.beyond = codes, [0.0, 0.0]
             if isinstance(module, QuantLinear) and module.spec is not None and module.spec.granularity == "per_tensor":
                 if module.site is not None and id(module.site) in sites:  # the same tensor, counted already
                     continue
@@ -61,7 +62,7 @@ def watch_clipping(model: nn.Module, calibrated: dict[str, float]) -> Iterator[l
         try:
             yield found
         finally:
-            counts |= {name: codes.beyond or [0, 0] for name, codes in caches.items()}
+            counts |= {name: codes.beyond or [0.0, 0.0] for name, codes in caches.items()}
             for codes in caches.values():
                 codes.beyond = None
             for name, (values, wide) in counts.items():
@@ -69,7 +70,7 @@ def watch_clipping(model: nn.Module, calibrated: dict[str, float]) -> Iterator[l
                     found.append(Clipped(name, name in caches, values, wide / values, calibrated.get(name)))
 
 
-def _counter(count: list[int]) -> Any:
+def _counter(count: list[float]) -> Any:
     def pre(module: QuantLinear, args: tuple[Tensor, ...]) -> None:
         spec = module.spec
         assert spec is not None

@@ -21,7 +21,7 @@ class CacheCodes(nn.Module):
     """Encodes and decodes (batch, heads, tokens, channels) keys and values of the attention it lives in.
 
     Attributes:
-        beyond: key values seen, and those beyond the largest value of their channel, while someone counts; otherwise None.
+        beyond: the squared steps of all keys seen, and what of them lay beyond the largest value, while someone counts; otherwise None.
         used: whether the attention puts its codes into caches already.
     """
 
@@ -31,7 +31,7 @@ class CacheCodes(nn.Module):
     def __init__(self, spec: CacheSpec, device: Any = None) -> None:
         super().__init__()
         self.spec = spec
-        self.beyond: list[int] | None = None
+        self.beyond: list[float] | None = None
         self.used = False
         for name, shape in spec.shapes.items():
             self.register_buffer(name, torch.ones(shape, dtype=torch.float32, device=device))
@@ -58,8 +58,8 @@ class CacheCodes(nn.Module):
         """
         steps = keys.float() * (1.0 / self.key_scale)
         if self.beyond is not None:
-            self.beyond[0] += steps.numel()
-            self.beyond[1] += int((steps.abs() > self.spec.key.max_level).sum())
+            self.beyond[0] += float(steps.square().sum())
+            self.beyond[1] += float((steps.abs() - self.spec.key.max_level).clamp_(min=0).square_().sum())
         return pack(encode(steps, self.spec.key, "a key"), self.spec.key.bits)
 
     def decode_keys(self, codes: Tensor, dtype: torch.dtype) -> Tensor:

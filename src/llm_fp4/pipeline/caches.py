@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from llm_fp4.calibration import causal_attentions, collect_cached
 from llm_fp4.nn import CACHE, CacheCodes
@@ -49,10 +51,22 @@ def decide_caches(
         runs = [partial(run, i) for i in range(batches)]
         scores, outputs = collect_cached(module, runs, recipe.search.sample_tokens, rules.sinks, rules.window)
         search = recipe.search if recipe.method.startswith("fpq") else None
-        plan = search_cache(_sample(scores), _sample(outputs), formats, rules, search)
+        partners = rotary_partners(module, scores[0][1].shape[1])
+        plan = search_cache(_sample(scores), _sample(outputs), formats, rules, search, partners)
         plans[full] = plan.to_json()
         made.append((module, CacheCodes.from_plan(plan)))
     return plans or {name: {"reason": NO_SEAM}}, made
+
+
+def rotary_partners(module: nn.Module, channels: int) -> Tensor | None:
+    """Return the (channels,) int64 channel that rotary positions mix with each; None where the model's own file has no ``rotate_half``."""
+    rotate = next((f for k in type(module).__mro__ if (f := getattr(sys.modules.get(k.__module__), "rotate_half", None))), None)
+    if rotate is None or channels % 2:
+        return None
+    turned: Tensor = rotate(torch.arange(1.0, channels + 1))
+    partners = turned.abs().long() - 1
+    pairs = turned.shape == (channels,) and bool((partners[partners] == torch.arange(channels)).all())
+    return partners if pairs else None
 
 
 def place_caches(made: list[tuple[nn.Module, CacheCodes]]) -> None:

@@ -64,7 +64,7 @@ class CachePlan:
         key_scale: float32 (heads, 1, key_size), the step of each channel.
         value_ratio: float32 (heads, 1, 1): a token's step is its largest magnitude times this, over the largest level.
         errors: of the scores query · key' and of the outputs probability · value: squared over the squared norm, on the sample.
-        clipped: share of the sample's key values beyond the largest value of their channel.
+        clipped: share of the sample's squared keys, in steps, that lies beyond the largest value of their channel.
     """
 
     spec: CacheSpec

@@ -24,26 +24,30 @@ _FACTORS = Log2Grid(lowest=-0.5, coarse=0.125, highest=0.25, refinements=1)  # a
 
 
 def search_cache(
-    scores: ProductSample, outputs: ProductSample, formats: Sequence[FloatFormat], rules: CacheRules, search: SearchRules | None
-) -> CachePlan:
+    scores: ProductSample, outputs: ProductSample, formats: Sequence[FloatFormat], rules: CacheRules, search: SearchRules | None,
+    partners: Tensor | None = None,
+) -> CachePlan:  # fmt: skip
     """Return the formats and scales under which scores and outputs err least.
 
     Args:
         scores: query (heads, rows, channels) and key' (heads, channels, tokens), the key repeated for the queries that share it.
         outputs: probability (heads, rows, tokens) and value (heads, tokens, channels), likewise.
         search: None takes the first format and the largest magnitudes.
+        partners: (channels,) int64, the channel that rotary positions turn each key channel into; both take the larger step, as later
+            positions turn the larger one's values into the other.
     """
     groups = key_groups(scores.second)
     keys = [k[::groups].transpose(1, 2) for k in scores.second]  # (key heads, tokens, channels)
     visible = [_visible(k, c) for k, c in zip(keys, scores.counts, strict=True)]
     candidates = formats if search is not None else formats[:1]
-    best_key = min((_key(keys, visible, scores, f, search, groups) for f in candidates), key=lambda found: found[2])
+    best_key = min((_key(keys, visible, scores, f, search, groups, partners) for f in candidates), key=lambda found: found[2])
     best_value = min((_value(outputs, f, search, groups) for f in candidates), key=lambda found: found[2])
     (key, key_scale, key_error), (value, ratio, value_error) = best_key, best_value
     spec = CacheSpec(key, value, len(keys[0]), keys[0].shape[-1], outputs.second[0].shape[-1], rules.window, rules.sinks)
-    wide = [(k.abs() > key_scale * key.max_level) & v for k, v in zip(keys, visible, strict=True)]
-    seen = sum(int(v.sum()) * k.shape[-1] for k, v in zip(keys, visible, strict=True))
-    return CachePlan(spec, key_scale, ratio, (key_error, value_error), sum(int(w.sum()) for w in wide) / max(seen, 1))
+    steps = [(k / key_scale).abs() * v for k, v in zip(keys, visible, strict=True)]
+    lost = sum(float((x - key.max_level).clamp(min=0).square().sum()) for x in steps)
+    energy = sum(float(x.square().sum()) for x in steps)
+    return CachePlan(spec, key_scale, ratio, (key_error, value_error), lost / max(energy, 1e-30))
 
 
 def key_groups(keys: Sequence[Tensor]) -> int:
@@ -63,8 +67,9 @@ def _visible(keys: Tensor, counts: Tensor | None) -> Tensor:
 
 
 def _key(
-    keys: list[Tensor], visible: list[Tensor], scores: ProductSample, fmt: FloatFormat, search: SearchRules | None, groups: int
-) -> tuple[FloatFormat, Tensor, float]:
+    keys: list[Tensor], visible: list[Tensor], scores: ProductSample, fmt: FloatFormat, search: SearchRules | None, groups: int,
+    partners: Tensor | None,
+) -> tuple[FloatFormat, Tensor, float]:  # fmt: skip
     """Return the format, the (key heads, 1, channels) steps and the relative error of the scores."""
     step = scale_of_max(torch.stack([(k * v).abs().amax(1, keepdim=True) for k, v in zip(keys, visible, strict=True)]).amax(0), fmt)
     if search is not None:
@@ -80,6 +85,8 @@ def _key(
         best = grid.sweep(channel_error, step, fmt)
         grid.refine(best, False)
         step = best.scale
+    if partners is not None:
+        step = torch.maximum(step, step[..., partners])
     wide = step.repeat_interleave(groups, 0)
     unit = ProductSample([q * wide for q in scores.first], [k / wide.transpose(1, 2) for k in scores.second], scores.counts)
     factor, error = _factor(ProductError(unit, True), fmt, torch.ones(len(wide), 1, 1, device=step.device), search, groups)
