@@ -135,10 +135,14 @@ def test_the_bias_takes_the_mean_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("outputs", [20, 200], ids=["direct form", "quadratic form"])
 def test_centered_sample_error_is_the_variance(outputs: int) -> None:
     rows, weight = gelu(), torch.randn(outputs, CHANNELS, generator=torch.Generator().manual_seed(3))
-    quantized, rounded = (rows * 2).round() / 2, (weight * 2).round() / 2
-    wrong = quantized.double() @ rounded.double().t() - rows.double() @ weight.double().t()
-    error = OutputError(rows, torch.ones(len(rows)), weight, rounded, centered=True)
-    assert float(error(quantized)) == pytest.approx(float((wrong - wrong.mean(0)).square().sum()), rel=3e-2)  # bfloat16 ranks
+    rounded = (weight * 2).round() / 2
+
+    def quantize(x: torch.Tensor) -> torch.Tensor:
+        return (x * 2).round() / 2
+
+    wrong = quantize(rows).double() @ rounded.double().t() - rows.double() @ weight.double().t()
+    error = OutputError(rows, torch.ones(len(rows)), [weight], centered=True).under([rounded])
+    assert float(error(quantize)) == pytest.approx(float((wrong - wrong.mean(0)).square().sum()), rel=3e-2)  # bfloat16 ranks
 
 
 def test_centered_grams_are_those_of_rows_less_their_means(tmp_path: Path) -> None:
