@@ -7,13 +7,14 @@ from llm_fp4.api.evaluating import answer_questions, evaluate
 from llm_fp4.api.exporting import Exported, export, hold
 from llm_fp4.api.figures import draw_activations
 from llm_fp4.api.generating import generate_text
-from llm_fp4.api.inspecting import AttentionReport, Inspection, LayerReport, inspect_model
+from llm_fp4.api.inspecting import AttentionReport, AverageBits, Inspection, LayerReport, inspect_model
 from llm_fp4.api.judging import judge_images, judge_speech, judge_table
 from llm_fp4.api.loading import Loaded, load, load_any
 from llm_fp4.api.quantization import quantize, quantize_module
 
 __all__ = [
     "AttentionReport",
+    "AverageBits",
     "Benchmark",
     "Estimate",
     "Exported",

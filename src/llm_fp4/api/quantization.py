@@ -82,7 +82,10 @@ def _fill(
 ) -> None:  # fmt: skip
     """Run what the store lacks and move the finished checkpoint to ``out``."""
     shapes = weight_shapes(opened.model, structure)
-    config = _config(opened.model, structure, recipe)
+    config = {
+        **cast(Any, opened.model).config.to_dict(),
+        "architectures": [type(opened.model).__name__],
+    }  # without quantization_config
     float_bytes = opened.bytes_float
     if batches is None and tokens is None:
         batches = source_batches(opened, recipe, target, lambda: whole_float_model(opened).to(target))
@@ -91,10 +94,13 @@ def _fill(
         batches = token_batches(opened.model, calibration_tokens(opened, recipe, store, progress, tokens), target)
     route_attention(opened.model, recipe)
     with float32_everywhere(opened.model, target):
-        Job(opened.model, structure, opened.source, recipe, batches, store, target, progress).run()
+        job = Job(opened.model, structure, opened.source, recipe, batches, store, target, progress)
+        job.run()
+    if parts(structure, job.recipe) or recipe.transforms.rotation != "none":
+        config["tie_word_embeddings"] = False
     finish_checkpoint(
         store, out, config, shapes, dump_recipe(recipe),
-        {"recipe": recipe.name, "method": recipe.method, "bits": str(recipe.bits), "float_bytes": float_bytes},
+        {"recipe": recipe.name, "method": recipe.method, "bits": recipe.widths, "float_bytes": float_bytes},
         lambda folder: _save_extras(opened, folder),
     )  # fmt: skip
 
@@ -110,7 +116,7 @@ def _keeping_what_is_finished(store: RunStore) -> Iterator[None]:
         store.close()
     except BaseException as error:
         store.close()
-        if store.done == 0 and store.tokens() is None:
+        if store.done == 0 and store.tokens() is None and store.kept("sensitivity") is None:
             shutil.rmtree(store.folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise output_error(error, store.folder) from None
@@ -204,15 +210,6 @@ def _version() -> str:
         return version("llm-fp4")
     except PackageNotFoundError:  # run from a source tree that was never installed
         return "source"
-
-
-def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:
-    """Return config.json of the checkpoint, without ``quantization_config``."""
-    config: dict[str, Any] = model.config.to_dict()
-    config["architectures"] = [type(model).__name__]
-    if parts(structure, recipe) or recipe.transforms.rotation != "none":
-        config["tie_word_embeddings"] = False
-    return config
 
 
 def _save_extras(opened: FloatModel, folder: Path) -> None:

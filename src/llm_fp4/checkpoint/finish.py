@@ -42,6 +42,8 @@ def finish_checkpoint(
     weights = {n: p for plan in plans for n, p in plan["weights"].items()}
     products = {n: p for plan in plans for n, p in plan.get("attention", {}).items()}
     decided = {"inputs": inputs, "weights": weights, **({"attention": products} if products else {})}
+    if budget := store.kept("budget"):
+        decided["budget"] = budget
     write_json(folder / "plan.json", {"version": VERSION, **description, **decided})
     write_text(folder / "recipe.yaml", recipe_yaml)
     weight_map, size = store.weight_map(), 0

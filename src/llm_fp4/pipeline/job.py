@@ -21,8 +21,10 @@ from llm_fp4.errors import UnsupportedError
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, set_module, weight_shapes
 from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.attention import AttentionSites
+from llm_fp4.pipeline.budget import spend
 from llm_fp4.pipeline.embeddings import lookups, quantize_embedding, selected_embeddings, stored_table
 from llm_fp4.pipeline.rotating import rotated
+from llm_fp4.pipeline.sampling import token_mask
 from llm_fp4.pipeline.sites import Decided, Linears, decide_site, quantized_layers, selected_linears, split_sites, stored_layer
 from llm_fp4.pipeline.tied import Runs, float_head_gram, parts, shared_heads
 from llm_fp4.plan import ATTENTION_INPUTS, FixedWeight, WeightPlan
@@ -63,6 +65,7 @@ class Job:
         """Quantize everything the recipe selects; every finished unit is in the store at once."""
         units = self.store.units
         self._rotate()
+        self._spend()
         self.progress("quantize", self.store.done, units)
         self._resume()
         for unit in range(self.store.done, units):
@@ -208,6 +211,16 @@ class Job:
         self.source = source = rotated(self.model, self.structure, self.source, self.batches[0], self.device, self.recipe.seed)
         self.recipe = self.recipe.with_transformed(source.hidden) if rules.online else self.recipe
 
+    def _spend(self) -> None:
+        """Give every part its width, where the recipe has a budget."""
+        if self.recipe.budget is None:
+            return
+        self.recipe = spend(
+            self.recipe, self.model, self.structure, self.source, self.shapes, self.batches, self.store, self.device, self.progress,
+            lambda: self._load_outer(everything=True),
+        )  # fmt: skip
+        self.shared_head = shared_heads(self.structure, self.recipe)
+
     # --- helpers ------------------------------------------------------------------------------------
 
     def _selected(self, names: list[str], head: bool = False) -> Linears:
@@ -236,13 +249,7 @@ class Job:
 
     def _runs(self, run: Callable[[int], object]) -> Runs:
         """Return ``run`` of every batch, with the batch's mask."""
-        return [(partial(run, i), self._mask(i)) for i in range(len(self.batches))]
-
-    def _mask(self, i: int) -> Tensor | None:
-        batch = self.batches[i]
-        decoding = any(n == len(self.structure.stacks[s]) for s, n in self.runner.done.items()) and "decoder_input_ids" in batch
-        mask: Tensor | None = batch.get("decoder_attention_mask" if decoding else "attention_mask")
-        return mask if mask is not None and mask.dim() == 2 else None
+        return [(partial(run, i), token_mask(batch, self.runner)) for i, batch in enumerate(self.batches)]
 
     def _float_head_gram(self, head: str) -> Tensor:
         return float_head_gram(
