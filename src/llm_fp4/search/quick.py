@@ -63,13 +63,17 @@ def quick_input(weights: dict[str, Tensor], statistics: SiteStatistics, rule: Mo
     starts = maximum_choices(statistics.channel_absmax, rule, per_token=per_token)
     starts = starts if recipe.method != "minmax" else starts[:1]
     wide = rule.input_formats[0].bits > _NARROW
-    choice, _ = choose_input(error, starts, _grid(recipe, -1.0 if wide else -3.0, coarse=0.5))
+    # shifts are rounded to whole octaves: a channel may clip by one of them at the scale of the largest magnitude
+    grid = _grid(recipe, -0.5 if wide else -3.0, coarse=0.25 if wide else 0.5, highest=1.0)
+    choice, _ = choose_input(error, starts, grid)
     return choice.quantize, choice.loss
 
 
-def _grid(recipe: Recipe, lowest: float, coarse: float = 0.25) -> Grid:
-    """Return a grid below the largest magnitude; that alone for methods without search."""
-    return Log2Grid(lowest=lowest if recipe.method.startswith("fpq") else 0.0, coarse=coarse, highest=0.0, refinements=0)
+def _grid(recipe: Recipe, lowest: float, coarse: float = 0.25, highest: float = 0.0) -> Grid:
+    """Return a grid around the largest magnitude; that alone for methods without search."""
+    if not recipe.method.startswith("fpq"):
+        lowest = highest = 0.0
+    return Log2Grid(lowest=lowest, coarse=coarse, highest=highest, refinements=0)
 
 
 def _blocks(weight: Tensor, gram: Gram, blocks: PerBlock, fmt: FloatFormat, recipe: Recipe) -> tuple[Tensor, float]:
