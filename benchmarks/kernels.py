@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from llm_fp4.kernels import float_linear, quantized_linear
+from llm_fp4.kernels import block_linear, float_linear, quantized_block_linear, quantized_linear
 from llm_fp4.kernels.compiled import select
 from llm_fp4.numerics import packed_width, parse
 
@@ -56,13 +56,13 @@ def torch_linear(dtype: torch.dtype) -> Contender:
     return Contender(f"torch {str(dtype)[6:]}", lambda width, out: width * out * dtype.itemsize, prepare, baseline=True)
 
 
-def packed(name: str, weight: str, input_format: str | None, max_shift: int = 0) -> Contender:
+def packed(name: str, weight: str, input_format: str | None, max_shift: int = 0, dtype: torch.dtype = torch.float32) -> Contender:
     """Return the rounding and the integer product, or the weight-only product where ``input_format`` is None."""
     fmt = parse(weight)
 
     def prepare(width: int, out: int, rows: int, count: int) -> Run:
         weights = [torch.randint(0, 256, (out, packed_width(width, fmt.bits)), dtype=torch.uint8) for _ in range(count)]
-        scale, x = torch.rand(out) + 0.5, torch.randn(rows, width)
+        scale, x = torch.rand(out) + 0.5, torch.randn(rows, width).to(dtype)
         if input_format is None:
             return lambda i: float_linear(x, weights[i % count], scale, None, fmt.exponent_bits, fmt.mantissa_bits)
         source, step = parse(input_format), torch.tensor(0.25)
@@ -74,6 +74,22 @@ def packed(name: str, weight: str, input_format: str | None, max_shift: int = 0)
     return Contender(name, lambda width, out: out * packed_width(width, fmt.bits), prepare)
 
 
+def block_scaled(name: str, size: int, scale_dtype: str, weight_only: bool = False) -> Contender:
+    """Return the product of E2M1 weights with block scales and inputs that are quantized likewise, or stay float32."""
+
+    def prepare(width: int, out: int, rows: int, count: int) -> Run:
+        weights = [torch.randint(0, 256, (out, width // 2), dtype=torch.uint8) for _ in range(count)]
+        scales = [torch.randint(100, 127, (out, width // size), dtype=torch.uint8) for _ in range(count)]
+        x, second = torch.randn(rows, width), torch.tensor(2.0**-6) if scale_dtype == "e4m3" else None
+        rounding = (torch.tensor(2.0**-6 if second is not None else 1.0), size, scale_dtype, 2, 1)
+        rest = (second, None, size, scale_dtype, 2, 1)
+        if weight_only:
+            return lambda i: block_linear(x, weights[i % count], scales[i % count], *rest)
+        return lambda i: quantized_block_linear(x, *rounding, weights[i % count], scales[i % count], *rest)
+
+    return Contender(name, lambda width, out: width * out // 2 + width * out // size, prepare)
+
+
 CONTENDERS = (
     torch_linear(torch.float32),
     torch_linear(torch.bfloat16),
@@ -82,6 +98,10 @@ CONTENDERS = (
     packed("W4A8", "e2m1", "e1m6"),
     packed("W8A8", "e1m6", "e1m6"),
     packed("W4A16", "e2m1", None),
+    packed("W4A16, bfloat16 inputs", "e2m1", None, dtype=torch.bfloat16),
+    block_scaled("NVFP4 W4A4", 16, "e4m3"),
+    block_scaled("MXFP4 W4A4", 32, "e8m0"),
+    block_scaled("NVFP4 W4A16", 16, "e4m3", weight_only=True),
 )
 
 

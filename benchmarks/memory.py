@@ -32,12 +32,12 @@ llm_fp4.quantize(sys.argv[1], sys.argv[2], recipe, tokens=tokens)
 """
 
 
-def synthetic(folder: Path, blocks: int, width: int) -> None:
-    """Write a LLaMA of ``blocks`` blocks, one bfloat16 shard a block."""
+def synthetic(folder: Path, blocks: int, width: int, inner: int | None = None, vocabulary: int = 1000) -> None:
+    """Write a LLaMA of ``blocks`` blocks with random weights, one bfloat16 shard a block."""
     if (folder / "config.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    inner, vocabulary, weight_map = width * 11 // 4, 1000, {}
+    inner, weight_map = inner or width * 11 // 4, {}
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=width // 128,
         num_key_value_heads=width // 128, architectures=["LlamaForCausalLM"], tie_word_embeddings=False,
@@ -68,12 +68,12 @@ def synthetic(folder: Path, blocks: int, width: int) -> None:
     config.save_pretrained(folder)
 
 
-def peak_anonymous(source: Path, out: Path) -> tuple[int, float]:
-    """Return the peak RssAnon in bytes and the seconds of one run."""
+def peak_anonymous(source: Path, out: Path, script: str = RUN) -> tuple[int, float]:
+    """Return the peak RssAnon in bytes and the seconds of one run of ``script``."""
     for folder in (out, out.with_name(f"{out.name}.partial")):
         shutil.rmtree(folder, ignore_errors=True)
     start, peak = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(source), str(out)])
+    process = subprocess.Popen([sys.executable, "-c", script, str(source), str(out)])
     while process.poll() is None:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()

@@ -112,13 +112,13 @@ def layers(options: argparse.Namespace) -> list[dict[str, Any]]:
     found, missing = peers(options.threads)
     if missing:
         print(f"not installed: {', '.join(missing)}")
-    ours = [c for c in kernels.CONTENDERS if c.name.startswith(("W4A4 e2m1", "W4A16"))]
+    ours = [c for c in kernels.CONTENDERS if c.name.startswith(("W4A4 e2m1", "W4A16", "NVFP4 W4A4", "MXFP4"))]
     contenders = [torch_linear(torch.float32), torch_linear(torch.bfloat16), *ours, *found]
     records = []
     with torch.inference_mode():
         for rows in options.rows:
             for width, out in options.shape or kernels.SHAPES:
-                rounds = options.rounds or (20 if rows <= 8 else 5)
+                rounds = options.rounds or (20 if rows <= 8 else 5 if rows <= 256 else 3)
                 for one in kernels.measure(width, out, rows, rows <= 8, rounds, [], contenders):
                     records.append(one)
                     print(kernels.show(one), flush=True)
@@ -200,7 +200,7 @@ def whole(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 128])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 128, 1024])
     parser.add_argument("--shape", type=int, nargs=2, metavar=("IN", "OUT"), action="append", help="default: three of LLaMA-7B")
     parser.add_argument("--model", metavar="DIR", help="measure this checkpoint of SmolLM2 instead of layers")
     parser.add_argument("--prompt", type=int, default=128)

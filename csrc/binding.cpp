@@ -13,7 +13,7 @@
 using namespace llm_fp4;
 
 // Raised with every change of an argument list.
-EXPORT int llm_fp4_version() { return 3; }
+EXPORT int llm_fp4_version() { return 4; }
 
 EXPORT int llm_fp4_select(const char* name) { return select(name) ? 1 : 0; }
 
@@ -66,10 +66,38 @@ EXPORT int llm_fp4_quantized_linear(const void* x, int bfloat16, int64_t tokens,
   return 1;
 }
 
-EXPORT int llm_fp4_float_linear(const float* x, int64_t tokens, int64_t in, const uint8_t* codes, int64_t out, const float* scale,
+EXPORT int llm_fp4_float_linear(const void* x, int bfloat16, int64_t tokens, int64_t in, const uint8_t* codes, int64_t out, const float* scale,
                                 const float* bias, int exponent_bits, int mantissa_bits, float* y, int threads) try {
   const Weight w = make_weight(codes, out, in, {exponent_bits, mantissa_bits, true});
-  float_linear(kernels(), w, x, tokens, scale, bias, y, threads);
+  float_linear(kernels(), w, x, bfloat16 != 0, tokens, scale, bias, y, threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// weights with block scales, inputs as they are; `second` may be null
+EXPORT int llm_fp4_block_float_linear(const void* x, int bfloat16, int64_t tokens, int64_t in, const uint8_t* codes, int64_t out,
+                                      const uint8_t* scales, int block_size, int e8m0, const float* second, const float* bias,
+                                      int exponent_bits, int mantissa_bits, float* y, int threads) try {
+  const BlockScales blocks{scales, block_size, e8m0 != 0, second ? *second : 1.0f};
+  const Weight w = make_block_weight(codes, out, in, {exponent_bits, mantissa_bits, true}, blocks);
+  float_linear(kernels(), w, x, bfloat16 != 0, tokens, nullptr, bias, y, threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// the same of inputs that are quantized block by block as they arrive
+EXPORT int llm_fp4_quantized_block_linear(const void* x, int bfloat16, int64_t tokens, int64_t in, int input_block_size, int input_e8m0,
+                                          const float* input_second, int input_exponent_bits, int input_mantissa_bits,
+                                          const uint8_t* codes, int64_t out, const uint8_t* scales, int block_size, int e8m0,
+                                          const float* second, const float* bias, int exponent_bits, int mantissa_bits, float* y,
+                                          int threads) try {
+  const BlockScales blocks{scales, block_size, e8m0 != 0, second ? *second : 1.0f};
+  const Weight w = make_block_weight(codes, out, in, {exponent_bits, mantissa_bits, true}, blocks);
+  const Format input{input_exponent_bits, input_mantissa_bits, true};
+  block_linear(kernels(), w, {x, bfloat16 != 0, tokens, input, {nullptr, input_block_size, input_e8m0 != 0, *input_second}}, bias, y,
+               threads);
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

@@ -55,18 +55,24 @@ void site_linear(const Kernels& k, const Norm* norm, const Site& site, const flo
   const bool wide = site.scale && format.max_level() << site.max_shift > 127;
   void* levels = buffer.get<int16_t>(site.in);
   float step = 0.0f;
-  if (site.scale) {
+  const bool blocks = site.block_size != 0;
+  if (site.scale && !blocks) {
     quantize_input(k, {x, false, 1, site.in, site.scale, site.shift, site.smooth, format, static_cast<int>(site.max_shift),
                        site.per_token != 0, levels, &step}, 1);
   }
   for (const Operand* o = site.operands; o < site.operands + site.count; ++o) {
-    const Weight w =
-        make_weight(o->codes, o->out, site.in, {static_cast<int>(o->exponent_bits), static_cast<int>(o->mantissa_bits), true});
+    const Format weight{static_cast<int>(o->exponent_bits), static_cast<int>(o->mantissa_bits), true};
+    const BlockScales scales{o->block_scales, static_cast<int>(o->block_size), o->e8m0 != 0, o->second ? *o->second : 1.0f};
+    const Weight w = o->block_scales ? make_block_weight(o->codes, o->out, site.in, weight, scales)
+                                     : make_weight(o->codes, o->out, site.in, weight);
     const int some = w.row_bytes * w.out < 1 << 15 ? 1 : threads;
-    if (site.scale) {
+    if (blocks) {
+      const BlockScales of_input{nullptr, static_cast<int>(site.block_size), site.e8m0 != 0, *site.scale};
+      block_linear(k, w, {x, false, 1, format, of_input}, o->bias, y, some);
+    } else if (site.scale) {
       int_linear(k, w, {levels, wide, 1, &step, 0, o->scale, o->bias, y}, some);
     } else {
-      float_linear(k, w, x, 1, o->scale, o->bias, y, some);
+      float_linear(k, w, x, false, 1, o->scale, o->bias, y, some);
     }
     y += o->out;
   }

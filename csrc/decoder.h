@@ -12,9 +12,12 @@ namespace llm_fp4 {
 // A packed weight.
 struct Operand {
   const uint8_t* codes;
-  const float* scale;
+  const float* scale;  // or null: of blocks
   const float* bias;  // or null
   int64_t out, exponent_bits, mantissa_bits;
+  const uint8_t* block_scales;  // or null: `scale` is of rows
+  int64_t block_size, e8m0;
+  const float* second;  // over the block scales, or null
 };
 
 // An input that all `count` operands read; `scale` null: it stays float. `hadamard`: it is transformed before it is rounded.
@@ -25,6 +28,7 @@ struct Site {
   const float* smooth;
   int64_t exponent_bits, mantissa_bits, is_signed, max_shift, per_token, hadamard, count;
   const Operand* operands;
+  int64_t block_size, e8m0;  // 0, or the input is quantized block by block and `scale` lies over the blocks' scales
 };
 
 struct Block {

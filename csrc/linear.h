@@ -32,13 +32,35 @@ struct LinearCall {
   float* y;
 };
 
+// Scales of blocks of columns, E4M3 or E8M0, and the scale over them.
+struct BlockScales {
+  const uint8_t* data;
+  int block_size;
+  bool e8m0;
+  float second;
+};
+
+// An input that is quantized block by block as it arrives; `blocks.data` is null.
+struct BlockInput {
+  const void* x;
+  bool bfloat16;
+  int64_t tokens;
+  Format format;
+  BlockScales blocks;
+};
+
 Weight make_weight(const uint8_t* codes, int64_t out, int64_t in, Format format);
+
+Weight make_block_weight(const uint8_t* codes, int64_t out, int64_t in, Format, const BlockScales&);
 
 void quantize_input(const Kernels&, const QuantizeCall&, int threads);
 // of the normalized input
 void norm_quantize_input(const Kernels&, const Norm&, const QuantizeCall&, int threads);
 void int_linear(const Kernels&, const Weight&, const LinearCall&, int threads);
-void float_linear(const Kernels&, const Weight&, const float* x, int64_t tokens, const float* scale, const float* bias, float* y,
-                  int threads);
+// of weights and inputs that both have block scales
+void block_linear(const Kernels&, const Weight&, const BlockInput&, const float* bias, float* y, int threads);
+// `scale` null: the weight has block scales
+void float_linear(const Kernels&, const Weight&, const void* x, bool bfloat16, int64_t tokens, const float* scale, const float* bias,
+                  float* y, int threads);
 
 }  // namespace llm_fp4

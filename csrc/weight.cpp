@@ -15,6 +15,17 @@ Weight make_weight(const uint8_t* codes, int64_t out, int64_t in, Format format)
     w.table[code] = static_cast<uint8_t>(level + w.offset);
     w.levels[code] = static_cast<float>(level);
   }
+  w.unit = 1.0f;
+  return w;
+}
+
+Weight make_block_weight(const uint8_t* codes, int64_t out, int64_t in, Format format, const BlockScales& scales) {
+  Weight w = make_weight(codes, out, in, format);
+  w.scales = scales.data;
+  w.block_size = scales.block_size;
+  w.blocks = (in + scales.block_size - 1) / scales.block_size;
+  w.e8m0 = scales.e8m0;
+  w.unit = format.standard_step() * scales.second * (scales.e8m0 ? 1.0f : 256.0f);  // E4M3 comes without 2^8
   return w;
 }
 

@@ -31,6 +31,27 @@ def tiny_llama() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def spiked_llama(tiny_llama: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a factory like ``tiny_llama``, of models with a channel in every input that is forty times larger than the others."""
+
+    def build(seed: int = 0, **config: Any) -> Any:
+        model = tiny_llama(seed, **config)
+        for block in model.model.layers:
+            for norm, readers in (
+                (block.input_layernorm, (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)),
+                (block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj)),
+            ):
+                norm.weight.data[5] *= 40.0
+                for reader in readers:
+                    reader.weight.data[:, 5] /= 40.0
+            block.mlp.up_proj.weight.data[3] *= 40.0
+            block.mlp.down_proj.weight.data[:, 3] /= 40.0
+        return model
+
+    return build
+
+
+@pytest.fixture
 def tiny_tokenizer() -> Any:
     """Return a tokenizer with a token a byte after "<s>" (0) and "</s>" (1), neither added by itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -4,13 +4,14 @@
 #include "common/arrange.inl"
 #include "common/attend.inl"
 #include "common/quantize.inl"
+#include "common/quantize_blocks.inl"
 
 namespace llm_fp4 {
 
 const Kernels& avx2_kernels() {
   static const Kernels kernels = {"avx2",
                                   [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-                                  row_top, quantize_row, arrange, dot, nullptr, nullptr, finish, avx2::float_dot,
+                                  row_top, quantize_row, arrange, dot, nullptr, nullptr, finish, quantize_blocks, avx2::block_dot, avx2::float_dot, nullptr, nullptr, nullptr,
                                   attend, gated};
   return kernels;
 }

@@ -8,6 +8,7 @@
 #include "common/arrange.inl"
 #include "common/attend.inl"
 #include "common/quantize.inl"
+#include "common/quantize_blocks.inl"
 
 namespace llm_fp4 {
 namespace {
@@ -23,7 +24,7 @@ const Kernels& avx_vnni_kernels() {
   static const Kernels kernels = {
       "avx_vnni",
       [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_avx_vnni(); },
-      row_top, quantize_row, arrange, dot, nullptr, nullptr, finish, avx2::float_dot, attend, gated};
+      row_top, quantize_row, arrange, dot, nullptr, nullptr, finish, quantize_blocks, avx2::block_dot, avx2::float_dot, nullptr, nullptr, nullptr, attend, gated};
   return kernels;
 }
 

@@ -4,6 +4,7 @@
 #include "common/arrange.inl"
 #include "common/attend.inl"
 #include "common/quantize.inl"
+#include "common/quantize_blocks.inl"
 
 namespace llm_fp4 {
 
@@ -14,7 +15,10 @@ const Kernels& avx512_kernels() {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
       },
-      row_top, quantize_row, arrange, avx512::dot, avx512::expand, avx512::product, finish, avx512::float_dot, attend, gated};
+      row_top, quantize_row, arrange, avx512::dot, avx512::expand, avx512::product, finish,
+      quantize_blocks, avx512::block_dot, avx512::float_dot,
+      avx512::expand_floats, avx512::float_product,
+      __builtin_cpu_supports("avx512bf16") ? avx512::bfloat16_product : nullptr, attend, gated};
   return kernels;
 }
 

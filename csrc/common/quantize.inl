@@ -32,6 +32,18 @@ inline float multiplier(float inverse, const float* smooth, const uint8_t* shift
   return inverse;
 }
 
+// The nearest level of a format with m mantissa bits, half to even; `value` is in steps.
+inline float rounded(float value, float low, float top, int m) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even what is below 2^22
+  const uint32_t m_bits = static_cast<uint32_t>(m) << 23, smallest = m_bits + (127u << 23);
+  value = value < low ? low : value;
+  value = value > top ? top : value;
+  const uint32_t power = as_bits(value) & 0x7F800000u;  // 2^floor(log2|value|)
+  const uint32_t exponent = (static_cast<int32_t>(power) > static_cast<int32_t>(smallest) ? power : smallest) - m_bits;
+  const float spacing = as_float(exponent), inverse_spacing = as_float((254u << 23) - exponent);
+  return ((value * inverse_spacing + kRound) - kRound) * spacing;
+}
+
 template <typename Input, bool kSmooth, bool kShift>
 float top_of(const Quantizer& q, const Input* __restrict x) {
   const float* __restrict smooth = q.smooth;
@@ -52,21 +64,12 @@ bool levels_of(const Quantizer& q, float inverse, const Input* __restrict x, Lev
   const uint8_t* __restrict shift = q.shift;
   const float low = q.low, top = q.top;
   const int m = q.mantissa_bits, max_shift = q.max_shift;
-  const uint32_t smallest = static_cast<uint32_t>(m + 127) << 23;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even what is below 2^22
   int32_t numbers = 1;
   for (int64_t j = 0; j < q.in; ++j) {
-    float value = load(x, j) * multiplier<kSmooth, kShift>(inverse, smooth, shift, j);
+    const float value = load(x, j) * multiplier<kSmooth, kShift>(inverse, smooth, shift, j);
     const bool number = value == value;
     numbers &= number;
-    value = value < low ? low : value;
-    value = value > top ? top : value;
-    const uint32_t power = as_bits(value) & 0x7F800000u;  // 2^floor(log2|value|)
-    const int32_t exponent = static_cast<int32_t>(power > smallest ? power : smallest);
-    const uint32_t m_bits = static_cast<uint32_t>(m) << 23;
-    const float spacing = as_float(static_cast<uint32_t>(exponent) - m_bits);
-    const float inverse_spacing = as_float((254u << 23) - (static_cast<uint32_t>(exponent) - m_bits));
-    float level = ((value * inverse_spacing + kRound) - kRound) * spacing;
+    float level = rounded(value, low, top, m);
     level = number ? level : 0.0f;
     if (kShift) level = level * power_of_two(max_shift - shift[j]);
     levels[j] = static_cast<Level>(static_cast<int32_t>(level));

@@ -2,6 +2,8 @@
 #include "common/arrange.inl"
 #include "common/attend.inl"
 #include "common/quantize.inl"
+#include "common/quantize_blocks.inl"
+#include "common/block_dot.inl"
 #include "kernels.h"
 
 namespace llm_fp4 {
@@ -38,7 +40,9 @@ void float_dot(const Weight& w, const FloatRows& x, int64_t first, int64_t last,
       float sum[16] = {};  // one of each lane, as the vector kernels add them
       for (int64_t j = begin; j < end; ++j) {
         const int64_t lane = j % kBlock / 8, nibble = j % 8;
-        sum[lane] += w.levels[codes[j / 2] >> (4 * (j & 1)) & 15] * x.data[((j / kBlock * 8 + nibble) * x.count + r) * 16 + lane];
+        const float level = w.levels[codes[j / 2] >> (4 * (j & 1)) & 15];
+        const float value = w.scales ? level * block_scale(w, out, j) : level;
+        sum[lane] += value * x.data[((j / kBlock * 8 + nibble) * x.count + r) * 16 + lane];
       }
       float total = 0.0f;
       for (float part : sum) total += part;
@@ -51,8 +55,8 @@ void float_dot(const Weight& w, const FloatRows& x, int64_t first, int64_t last,
 }  // namespace
 
 const Kernels& scalar_kernels() {
-  static const Kernels kernels = {"scalar",   [] { return true; }, row_top, quantize_row, arrange, dot, nullptr, nullptr, finish,
-                                  float_dot,  attend, gated};
+  static const Kernels kernels = {"scalar", [] { return true; }, row_top, quantize_row, arrange, dot, nullptr, nullptr, finish,
+                                  quantize_blocks, block_dot, float_dot, nullptr, nullptr, nullptr, attend, gated};
   return kernels;
 }
 

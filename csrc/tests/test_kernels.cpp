@@ -5,49 +5,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <vector>
 
-#include "dispatch.h"
-#include "linear.h"
+#include "tests/check.h"
 
 using namespace llm_fp4;
 
 namespace {
-
-std::mt19937 random_bits(20231025);
-int failures = 0;
-
-int below(int n) { return static_cast<int>(random_bits() % static_cast<unsigned>(n)); }
-
-float any_float() {
-  static std::normal_distribution<float> normal(0.0f, 4.0f);
-  switch (below(40)) {
-    case 0: return NAN;
-    case 1: return below(2) ? INFINITY : -INFINITY;
-    case 2: return 0.0f;
-    case 3: return 1e-40f;
-    case 4: return static_cast<float>(below(64) - 32) * 0.5f;  // ties
-    default: return normal(random_bits);
-  }
-}
-
-void expect(bool good, const Kernels& k, const char* what, int64_t tokens, int64_t in, int64_t out) {
-  if (good) return;
-  ++failures;
-  std::printf("%s: %s differs at %lld x %lld x %lld\n", k.name, what, (long long)tokens, (long long)in, (long long)out);
-}
-
-// Eq. 8-9 of arXiv:2310.16836, written without the kernels' tricks.
-int level_of(float x, const Format& f) {
-  const float top = static_cast<float>(f.max_level()), low = f.is_signed ? -top : 0.0f;
-  if (std::isnan(x)) return 0;
-  x = x < low ? low : x > top ? top : x;
-  int exponent = 0;
-  std::frexp(x, &exponent);
-  const float spacing = std::ldexp(1.0f, x == 0.0f ? 0 : std::max(exponent - 1 - f.mantissa_bits, 0));
-  return static_cast<int>(std::nearbyint(x / spacing) * spacing);
-}
 
 void test_quantize(const Kernels& k) {
   const Format formats[] = {{1, 2, true}, {2, 1, true}, {3, 0, true}, {1, 6, true}, {2, 2, false}, {2, 3, true}};
@@ -101,7 +65,7 @@ void test_quantize(const Kernels& k) {
     const float stored = step[t], wanted = numbers ? unit * std::ldexp(1.0f, -max_shift) : NAN;
     good &= stored == wanted || (std::isnan(stored) && std::isnan(wanted));
   }
-  expect(good, k, "quantize_input", tokens, in, 0);
+  expect(good, k.name, "quantize_input", tokens, in, 0);
 }
 
 void test_linear(const Kernels& k) {
@@ -124,13 +88,21 @@ void test_linear(const Kernels& k) {
   for (auto* list : {&step, &scale, &bias}) {
     for (auto& v : *list) v = static_cast<float>(below(1000) + 1) * 0.01f;
   }
-  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(narrow[i]);
+  const bool bfloat16 = below(2);
+  std::vector<uint16_t> half(tokens * in);  // of int8 levels, which bfloat16 holds exactly
+  for (size_t i = 0; i < x.size(); ++i) {
+    x[i] = static_cast<float>(narrow[i]);
+    uint32_t word;
+    std::memcpy(&word, &x[i], 4);
+    half[i] = static_cast<uint16_t>(word >> 16);
+  }
+  const void* float_x = bfloat16 ? static_cast<const void*>(half.data()) : x.data();
   const void* levels = wide ? static_cast<const void*>(broad.data()) : narrow.data();
   const Weight w = make_weight(codes.data(), out, in, f);
   const int threads = 1 + below(3);
   const float* added = with_bias ? bias.data() : nullptr;
   int_linear(k, w, {levels, wide, tokens, step.data(), per_token, scale.data(), added, y.data()}, threads);
-  if (bits == 4) float_linear(k, w, x.data(), tokens, scale.data(), nullptr, z.data(), threads);
+  if (bits == 4) float_linear(k, w, float_x, bfloat16, tokens, scale.data(), nullptr, z.data(), threads);
   bool good = true, close = true;
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t o = 0; o < out; ++o) {
@@ -149,18 +121,21 @@ void test_linear(const Kernels& k) {
       if (bits == 4) close &= std::llabs(narrow_sum) >= 1 << 22 || static_cast<float>(narrow_sum) * scale[o] == z[t * out + o];
     }
   }
-  expect(good, k, "int_linear", tokens, in, out);
-  expect(close, k, "float_linear", tokens, in, out);
+  expect(good, k.name, "int_linear", tokens, in, out);
+  expect(close, k.name, "float_linear", tokens, in, out);
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
   const int rounds = count > 1 ? std::atoi(arguments[1]) : 200;
+  for (int round = 0; round < rounds; ++round) test_rows();
   for (int i = 0; const Kernels* k = available(i); ++i) {
     for (int round = 0; round < rounds; ++round) {
       test_quantize(*k);
       test_linear(*k);
+      test_blocks(*k);
+      test_decoder(*k);
     }
     std::printf("%s: %d rounds\n", k->name, rounds);
   }

@@ -37,3 +37,7 @@ class OutputError(LlmFp4Error):
 
 class UnsupportedError(LlmFp4Error):
     """A valid request that this version does not implement; the message names the field and value."""
+
+
+class RankError(LlmFp4Error):
+    """Another of the processes that share a run has ended."""

@@ -1,20 +1,23 @@
 """What calibration gathers of an input site and search reads: token rows, maxima, Gram matrices, a sample.
 
 The rows of a site lie in a file that is mapped, not read: memory does not grow with the number of
-calibration tokens. Everything derived streams over it in fixed chunks, so that partial sums over parts of
-the tokens can be merged in order.
+calibration tokens. Everything derived streams over it in fixed chunks; of several ranks each sums a part of the
+matrices over all tokens.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from llm_fp4 import ranks
 from llm_fp4.numerics import require_finite
 
 CHUNK = 4096  # tokens per step of every streaming sum: 127 * 127 * 4096 fits int32
@@ -22,16 +25,38 @@ _INT8_SIDE = 32  # integer products want no narrower matrices
 
 
 class TokenStore:
-    """Rows of (tokens, channels) float32 in a file: appended once, then read through a shared mapping."""
+    """Rows of (tokens, channels) float32 in a file: appended once, batch after batch, then read through a shared mapping.
+
+    Of several ranks each appends the batches that are its own, to a file of its own; :meth:`settle` puts them in order.
+    """
 
     def __init__(self, path: Path, channels: int) -> None:
         self.path, self.channels, self.tokens = path, channels, 0
-        self._file = path.open("wb")
+        self._part = path if ranks.alone() else path.with_name(f"{path.name}.{ranks.number()}")
+        self._file = self._part.open("wb")
 
     def append(self, rows: Tensor) -> None:
         """Append (n, channels) rows."""
         self._file.write(rows.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         self.tokens += len(rows)
+
+    def settle(self, counts: list[int]) -> None:
+        """End the appending; on return all rows of all ranks are in the file, in the order of their batches.
+
+        Args:
+            counts: rows of each batch, of other ranks' batches too.
+        """
+        self._file.close()
+        if not ranks.alone():
+            starts = [0, *accumulate(counts)]
+            whole = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)  # another rank may have made it
+            with self._part.open("rb") as part, open(whole, "wb") as file:
+                for batch in ranks.mine(len(counts)):
+                    file.seek(4 * self.channels * starts[batch])
+                    file.write(part.read(4 * self.channels * counts[batch]))
+            self._part.unlink()
+            self.tokens = starts[-1]
+            ranks.wait()
 
     @cached_property
     def rows(self) -> Tensor:
@@ -41,9 +66,10 @@ class TokenStore:
         return flat.view(self.tokens, self.channels)
 
     def delete(self) -> None:
+        """Remove the file, once every rank has come here."""
         self._file.close()
         self.__dict__.pop("rows", None)
-        self.path.unlink(missing_ok=True)
+        ranks.first(lambda: self.path.unlink(missing_ok=True))
 
 
 @dataclass
@@ -113,20 +139,31 @@ class SiteStatistics:
 
     def _sums(self, quantize: Callable[[Tensor], Tensor] | None, unit: Tensor | None = None) -> Gram:
         n = self.tokens.channels
+        own = ranks.own(n, n)
         qq = torch.zeros(n, n, device=self.device)
         eq, ee = (None, None) if quantize is None else (torch.zeros_like(qq), torch.zeros_like(qq))
         for rows in self.chunks():
             q = rows if quantize is None else quantize(rows)
-            if unit is None or q.device.type != "cpu" or min(q.shape) < _INT8_SIDE:
-                qq.addmm_(q.t(), q)
-            else:
+            levels: Tensor | None = None
+            if unit is not None and q.device.type == "cpu" and min(q.shape) >= _INT8_SIDE:
                 levels = (q * (1.0 / unit)).round_().to(torch.int8)
-                qq.add_(torch._int_mm(levels.t(), levels).float().mul_(unit).mul_(unit))
-            if eq is not None and ee is not None:
-                e = rows - q
-                eq.addmm_(e.t(), q)
-                ee.addmm_(e.t(), e)
-        return Gram(qq, eq, ee)
+            e = None if quantize is None else rows - q
+            for i in own:
+                if levels is None or unit is None:
+                    _add_upper(qq, q, i)
+                else:
+                    qq[i, i.start :] += torch._int_mm(levels[:, i].t(), levels[:, i.start :]).float().mul_(unit).mul_(unit)
+                if eq is not None and ee is not None and e is not None:
+                    eq[i].addmm_(e[:, i].t(), q)
+                    _add_upper(ee, e, i)
+        for sums in (qq, ee):
+            if sums is not None:
+                _mirror(ranks.united(sums))
+        return Gram(qq, None if eq is None else ranks.united(eq), ee)
+
+    def forget(self) -> None:
+        """Give back the memory of :attr:`gram`."""
+        self.__dict__.pop("gram", None)
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """Return (s, in) rows and their (s,) weights such that weighted sums estimate sums over all tokens.
@@ -147,3 +184,14 @@ class SiteStatistics:
         weight = torch.full((total,), len(light) / len(drawn))
         weight[heavy] = 1.0
         return rows[index].to(self.device), weight[index].to(self.device)
+
+
+def _add_upper(sums: Tensor, rows: Tensor, i: slice) -> None:
+    """Add rows ``i`` of X'X to (n, n) ``sums``, from the diagonal on: the other half is its mirror image."""
+    sums[i, i.start :].addmm_(rows[:, i].t(), rows[:, i.start :])
+
+
+def _mirror(sums: Tensor) -> None:
+    """Copy the upper half of (n, n) ``sums`` onto the lower one."""
+    for i in ranks.pieces(len(sums), len(sums)):
+        sums[i.stop :, i] = sums[i, i.stop :].t()

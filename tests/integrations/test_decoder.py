@@ -29,6 +29,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": None},
 }
 PLAIN = {"search": {"rounds": 1}}
+NVFP4 = {"formats": ["e2m1"], "granularity": "per_block", "block_size": 16, "scale_dtype": "e4m3"}
+MXFP4 = {"formats": ["e2m1"], "granularity": "per_block", "block_size": 32, "scale_dtype": "e8m0"}
 RECIPES: dict[str, dict[str, Any]] = {
     "W4A8": {**PLAIN, "bits": {"embedding": 16, "activation": 8}, "inputs": {"formats": ["e1m6"]}},
     "weight only": {**PLAIN, "bits": {"activation": 16}},
@@ -37,6 +39,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "overrides": [{"targets": ["down_proj", "q_proj", "k_proj", "v_proj"], "input_transform": "hadamard"}],
     },
     "float head": {**PLAIN, "ignore": ["lm_head"]},
+    "NVFP4": {**PLAIN, "ignore": ["lm_head"], "weights": NVFP4, "inputs": {**NVFP4, "shift": False}},
+    "MXFP4": {**PLAIN, "ignore": ["lm_head"], "weights": MXFP4, "inputs": {**MXFP4, "shift": False}},
+    "NVFP4 weight only": {**PLAIN, "bits": {"activation": 16}, "ignore": ["lm_head"], "weights": NVFP4},
 }
 
 

@@ -126,10 +126,11 @@ def test_the_largest_sums_are_exact(kernel: str, name: str) -> None:
 def test_float_linear_differs_from_float64_no_more_than_float32_sums_do(kernel: str, name: str) -> None:
     fmt = parse(name)
     torch.manual_seed(13)
-    shapes = ((1, 1, 1), (2, 577, 70), (5, 2050, 33), (11, 128, 64), (3, 0, 4), (300, 3000, 9))
-    for (tokens, width, out), threads in product(shapes, (1, 2)):
+    shapes = ((1, 1, 1), (2, 577, 70), (5, 2050, 33), (11, 128, 64), (3, 0, 4), (300, 3000, 9), (40, 130, 70), (23, 77, 3))
+    for (tokens, width, out), threads, dtype in product(shapes, (1, 2), (torch.float32, torch.bfloat16)):
         torch.set_num_threads(threads)
         x, weight, scale, bias = torch.randn(tokens, width), random_weight(out, width, fmt), torch.rand(out) + 0.1, torch.randn(out)
+        x = x.to(dtype)
         got = ops.float_linear(x, weight, scale, bias, fmt.exponent_bits, fmt.mantissa_bits)
         exact = x.double() @ decode(unpack(weight, 4, width), fmt).double().t() * scale + bias
         largest = float(x.abs().max()) * fmt.max_level if x.numel() else 0.0

@@ -13,15 +13,16 @@ from llm_fp4.numerics import fake_quantize, formats_of_width, parse, scale_of_ma
 from llm_fp4.plan import InputSpec, SiteResult
 from llm_fp4.recipe import Recipe, SearchRules
 from llm_fp4.search import search_site
-from llm_fp4.search.compensation import compensate, compensated, damped
+from llm_fp4.search.compensation import compensate, compensated
 from llm_fp4.search.embedding import embedding_plan
+from llm_fp4.search.factor import Factor, damped
 from llm_fp4.search.grids import Log2Grid, PaperGrid, search_formats
 from llm_fp4.search.inputs import InputChoice, OutputError
 from llm_fp4.search.ranking import as_operand
 from llm_fp4.search.refine import fit_scale, refine
 from llm_fp4.search.shift import channel_shift, shift_limits
 from llm_fp4.search.sinks import sink_ratio
-from llm_fp4.search.weights import choose_weight, weight_loss
+from llm_fp4.search.weights import choose_weight, losses_by_tokens, row_losses, weight_loss
 from llm_fp4.statistics import Gram, SiteStatistics, TokenStore
 
 
@@ -60,14 +61,29 @@ def test_gram_loss_is_the_output_error(site: SiteStatistics) -> None:
     assert float(loss) == pytest.approx(output_error(site, weight, rounded, rows), rel=1e-4)
 
 
+def test_losses_by_tokens_are_those_by_gram_matrices(site: SiteStatistics) -> None:
+    weight, spec = weights()["q"], InputSpec(parse("e2m1"))
+    scale = scale_of_max(site.channel_absmax.amax(), spec.format)
+    rounded = fake_quantize(weight, scale_of_max(weight.abs().amax(1), spec.format)[:, None], spec.format)
+    for quantize in (None, lambda x: fake_quantize_input(x, spec, scale, None, None)):
+        found = losses_by_tokens(weight, rounded.__getitem__, site, quantize)
+        assert torch.allclose(found, row_losses(weight, rounded.__getitem__, site.quantized_gram(quantize)), rtol=1e-4)
+
+
 @pytest.mark.parametrize("outputs", [20, 200], ids=["direct form", "quadratic form"])
 def test_sample_error_is_the_output_error(site: SiteStatistics, outputs: int) -> None:
     weight = torch.randn(outputs, 48) / 7
     rounded = fake_quantize(weight, scale_of_max(weight.abs().amax(1), parse("e2m1"))[:, None], parse("e2m1"))
     rows = site.tokens.rows
-    quantized = fake_quantize_input(rows, InputSpec(parse("e2m1")), scale_of_max(rows.abs().amax(), parse("e2m1")), None, None)
-    error = OutputError(rows, torch.ones(len(rows)), weight, rounded)
-    assert float(error(quantized)) == pytest.approx(output_error(site, weight, rounded, quantized), rel=2e-2)  # bfloat16 ranks
+    rounding = (InputSpec(parse("e2m1")), scale_of_max(rows.abs().amax(), parse("e2m1")), None, None)
+    quantized = fake_quantize_input(rows, *rounding)
+    error = OutputError(rows, torch.ones(len(rows)), [weight[:7], weight[7:]])
+    exact = output_error(site, weight, weight, quantized)
+    assert float(error(lambda x: fake_quantize_input(x, *rounding))) == pytest.approx(exact, rel=2e-2)
+    error = error.under([rounded[:7], rounded[7:]])
+    assert float(error(lambda x: fake_quantize_input(x, *rounding))) == pytest.approx(
+        output_error(site, weight, rounded, quantized), rel=2e-2
+    )
 
 
 def test_weight_choice_beats_every_format_at_its_maximum(site: SiteStatistics) -> None:
@@ -137,10 +153,20 @@ def test_compensation_lowers_the_output_error_and_stays_on_the_grid(site: SiteSt
     fmt, weight = parse(name), weights()["q"]
     gram = site.quantized_gram(None)
     scale = scale_of_max(weight.abs().amax(1), fmt)
-    values = compensate(weight, damped(gram.qq, 0.01), scale, fmt)
+    values = compensate(weight.t(), Factor(damped(gram.qq, 0.01)).feedback(), scale, fmt).t()
     nearest = fake_quantize(weight, scale[:, None], fmt)
     assert torch.equal(fake_quantize(values, scale[:, None], fmt), values)
     assert weight_loss(weight, values, gram.qq, None).sum() < 0.8 * weight_loss(weight, nearest, gram.qq, None).sum()
+
+
+def test_feedback_is_that_of_the_inverse_hessian(site: SiteStatistics) -> None:
+    """GPTQ moves column j by -U[i, j] / U[i, i] times an error of column i as it stood, U the inverse's upper Cholesky factor."""
+    hessian = damped(site.gram, 0.01)
+    found = Factor(hessian).feedback()
+    ordered = hessian[found.order][:, found.order].double()
+    upper = torch.linalg.cholesky(torch.linalg.inv(ordered), upper=True)
+    # errors as columns stood are those against the weight times pull, so the one is the inverse of the other
+    assert torch.allclose(torch.linalg.inv(found.pull.double()), upper / upper.diagonal()[:, None], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["e2m1", "e1m2", "e3m0"])
@@ -148,10 +174,11 @@ def test_every_sweep_of_refinement_lowers_the_error_and_stays_on_the_grid(site: 
     fmt, weight = parse(name), weights()["q"]
     hessian = damped(site.gram, 0.01)
     scale = scale_of_max(weight.abs().amax(1), fmt)
-    values = compensate(weight, hessian, scale, fmt)
+    values = compensate(weight.t(), Factor(hessian).feedback(), scale, fmt).t()
     losses = [float(weight_loss(weight, values, hessian, None).sum())]
     for sweeps in (1, 2, 4):
-        refined, fitted = refine(weight, values, hessian, scale, fmt, sweeps)
+        refined, fitted = refine(weight.t(), values.t().clone(), hessian, scale, fmt, sweeps)
+        refined = refined.t()
         assert torch.equal(fake_quantize(refined, fitted[:, None], fmt), refined)
         losses.append(float(weight_loss(weight, refined, hessian, None).sum()))
     assert losses == sorted(losses, reverse=True)

@@ -18,6 +18,7 @@ from llm_fp4.errors import UnsupportedError
 from llm_fp4.integrations.decoder import Decoder
 from llm_fp4.kernels import int_linear
 from llm_fp4.kernels.compiled import available, select
+from llm_fp4.models import continued
 from llm_fp4.nn import QuantLinear
 from llm_fp4.numerics import packed_width
 from llm_fp4.progress import Progress, silent
@@ -158,13 +159,12 @@ def _decode(model: Any, decoder: Decoder | None, ids: Tensor, new: int, where: t
         for _ in range(new):
             token = int(decoder.step(token).argmax())
         return new / (time.perf_counter() - began)
-    out = model(ids.to(where)[None], use_cache=True)
+    logits, cache = continued(model, ids.to(where)[None], None)
     _wait(where)
     began = time.perf_counter()
     for _ in range(new):
-        token_ids = out.logits[:, -1:].argmax(-1)
-        out = model(token_ids, past_key_values=out.past_key_values, use_cache=True)
-    int(out.logits[0, -1].argmax())
+        logits, cache = continued(model, logits[:, -1:].argmax(-1), cache)
+    int(logits[0, -1].argmax())
     return new / (time.perf_counter() - began)
 
 

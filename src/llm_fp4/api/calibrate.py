@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from llm_fp4 import ranks
 from llm_fp4.calibration import load_tokens
 from llm_fp4.checkpoint import RunStore
 from llm_fp4.errors import CalibrationError
@@ -20,13 +21,21 @@ from llm_fp4.recipe import Recipe
 def calibration_tokens(
     opened: FloatModel, recipe: Recipe, store: RunStore, progress: Progress, given: Tensor | None = None
 ) -> Tensor:
-    """Return the calibration tokens, written by the model or read once and kept with the run."""
+    """Return the calibration tokens, written by the model or read once, by the first of several ranks, and kept with the run."""
+    ranks.first(lambda: _keep(opened, recipe, store, progress, given))
+    kept = store.tokens()
+    assert kept is not None
+    return kept
+
+
+def _keep(opened: FloatModel, recipe: Recipe, store: RunStore, progress: Progress, given: Tensor | None) -> None:
+    """Store the calibration tokens, unless an earlier start did."""
     c = recipe.calibration
-    if (kept := store.tokens()) is not None:
-        return kept
+    if store.tokens() is not None:
+        return
     if given is not None:
         store.keep_tokens(given)
-        return given
+        return
     if opened.tokenizer is None:
         raise CalibrationError(
             f"{opened.origin} has no tokenizer, so text cannot calibrate it; use quantize_module with batches of your own"
@@ -40,7 +49,6 @@ def calibration_tokens(
     store.keep_tokens(tokens)
     del model
     gc.collect()
-    return tokens
 
 
 def whole_float_model(opened: FloatModel) -> nn.Module:

@@ -19,6 +19,7 @@ from llm_fp4.search.shift import shift_limits
 # candidates of a scale in the first round and in later ones, of each format in the race (search.grids.Log2Grid)
 _SWEEP, _REFINE, _AGAIN = 7, 6, 8
 _BLOCK_CANDIDATES, _JOINT_SWEEPS = 10, 2  # search.block_scales
+_GRADIENT = 3  # forward passes that one with gradients costs (pipeline.learning)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, d
     if recipe.budget is not None:
         parts = sum(len(structure.linears[b]) for b in structure.blocks) / len(structure.blocks) + _sites(structure)
         work += (2 + parts * (len(structure.blocks) + 1) / 2) * forward * recipe.budget.tokens / tokens
+    if recipe.transforms.learned:
+        inner = 2.0 * tokens * sum(math.prod(shapes[n]) for n in _inner(structure))
+        work += (_GRADIENT * recipe.transforms.epochs + 2) * inner
     return Estimate(
         _bytes(opened, structure, shapes, recipe), opened.bytes_float, _memory(opened.model, structure, shapes),
         work / forward, work / _speed(torch.device(device)),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llm_fp4.api.loading import load
-from llm_fp4.checkpoint import read_attention, read_config, verify
+from llm_fp4.checkpoint import read_attention, read_caches, read_config, verify
 from llm_fp4.errors import OutputError, UnsupportedError
 from llm_fp4.export import TARGETS, Holding, PackedWeights
 from llm_fp4.models import open_tokenizer
@@ -43,6 +43,10 @@ def hold(path: str | Path, target: str) -> Holding:
     if attention := read_attention(read_config(folder)["quantization_config"], str(folder)):
         raise UnsupportedError(
             f"{target} cannot hold quantized attention products ({next(iter(attention))}); quantize again without --attention to export"
+        )
+    if caches := read_caches(read_config(folder)["quantization_config"], str(folder)):
+        raise UnsupportedError(
+            f"{target} cannot hold keys and values in codes ({next(iter(caches))}); quantize again without --cache-bits to export"
         )
     holding: Holding = importlib.import_module(TARGETS[target]).hold(manifest, PackedWeights(folder, manifest))
     return holding

@@ -13,11 +13,11 @@ from torch import nn
 
 from llm_fp4.api.loading import is_checkpoint
 from llm_fp4.api.prepare import checked_structure
-from llm_fp4.checkpoint import Manifest, ModuleEntry, read_attention, read_config, verify
+from llm_fp4.checkpoint import Manifest, ModuleEntry, read_attention, read_caches, read_config, verify
 from llm_fp4.errors import CheckpointError
 from llm_fp4.models import FloatModel, Structure, open_model
-from llm_fp4.nn import linear_shape
-from llm_fp4.numerics import FloatFormat
+from llm_fp4.nn import CACHE_STEP, linear_shape
+from llm_fp4.numerics import FloatFormat, packed_width
 from llm_fp4.pipeline import shared_heads
 from llm_fp4.recipe import FLOAT_BITS, Recipe, load_recipe, matches
 from llm_fp4.storage import TensorFiles
@@ -89,6 +89,24 @@ class AverageBits:
 
 
 @dataclass(frozen=True)
+class CacheReport:
+    """How the keys and values of one attention are kept; empty formats where they stay float, with the reason.
+
+    Attributes:
+        formats: of keys and of values, candidates where nothing was decided yet. window, sinks: the newest and the first tokens,
+            which stay in float. errors: of scores and outputs, squared over the squared norm. ratio: bytes in float16 over bytes here.
+    """
+
+    name: str
+    formats: tuple[tuple[str, ...], tuple[str, ...]]
+    window: int | None = None
+    sinks: int | None = None
+    errors: tuple[float | None, float | None] = (None, None)
+    ratio: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What a model holds.
 
@@ -99,6 +117,7 @@ class Inspection:
         attention: its attention modules, where their products are quantized or were to be.
         average: mean widths of a checkpoint.
         budget: where widths were chosen for one: what they take, what they predict and why, as in plan.json.
+        cache: its attention modules, where their keys and values are kept in codes or were to be.
     """
 
     origin: str
@@ -111,6 +130,7 @@ class Inspection:
     float_bytes: int | None
     layers: list[LayerReport] = field(default_factory=list)
     attention: list[AttentionReport] = field(default_factory=list)
+    cache: list[CacheReport] = field(default_factory=list)
     average: AverageBits = AverageBits()
     budget: dict[str, Any] | None = None
 
@@ -160,7 +180,7 @@ def _checkpoint(folder: Path) -> Inspection:
     architecture = str((config.get("architectures") or ["unknown"])[0])
     return Inspection(
         str(folder), True, architecture, **described, bytes=size, float_bytes=plan.get("float_bytes"), layers=layers,
-        attention=_attention(folder, plan), average=_average(manifest, sites), budget=plan.get("budget"),
+        attention=_attention(folder, plan), cache=_cache(folder, plan), average=_average(manifest, sites), budget=plan.get("budget"),
     )  # fmt: skip
 
 
@@ -193,6 +213,19 @@ def _attention(folder: Path, plan: dict[str, Any]) -> list[AttentionReport]:
         found.append(AttentionReport(name, (first, second, third, fourth), errors))
     left = {n: p["reason"] for n, p in decided.items() if isinstance(p, dict)}
     return found + [AttentionReport(n, ((), (), (), ()), reason=reason) for n, reason in left.items()]
+
+
+def _cache(folder: Path, plan: dict[str, Any]) -> list[CacheReport]:
+    """Return the caches of a checkpoint, and those the plan says were left in float."""
+    decided, found = plan.get("cache", {}), []
+    for name, spec in read_caches(read_config(folder)["quantization_config"], str(folder)).items():
+        entry = decided.get(name, {})
+        errors = (entry.get("score_error"), entry.get("output_error"))
+        codes = packed_width(spec.key_size, spec.key.bits) + packed_width(spec.value_size, spec.value.bits) + CACHE_STEP.itemsize
+        ratio = 2 * (spec.key_size + spec.value_size) / codes
+        formats = ((spec.key.name,), (spec.value.name,))
+        found.append(CacheReport(name, formats, spec.window, spec.sinks, errors, ratio))
+    return found + [CacheReport(n, ((), ()), reason=p["reason"]) for n, p in decided.items() if "reason" in p]
 
 
 def _plan(folder: Path) -> dict[str, Any]:
@@ -233,7 +266,15 @@ def _float(opened: FloatModel, recipe: Recipe) -> Inspection:
         None,
         layers,
         _wished_attention(opened.model, recipe),
+        _wished_cache(recipe),
     )
+
+
+def _wished_cache(recipe: Recipe) -> list[CacheReport]:
+    """Return what the recipe wants of caches; which modules keep keys and values is only known once they run."""
+    formats = tuple(f.name for f in recipe.cache_formats())
+    rules = recipe.cache
+    return [CacheReport("every causal attention", (formats, formats), rules.window, rules.sinks)] if formats else []
 
 
 def _wished_attention(model: nn.Module, recipe: Recipe) -> list[AttentionReport]:

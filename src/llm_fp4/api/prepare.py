@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_fp4 import ranks
 from llm_fp4.errors import RecipeError, UnsupportedError
-from llm_fp4.models import Batch, Structure, find_structure
+from llm_fp4.models import Batch, Structure, find_structure, kept_whole
 from llm_fp4.recipe import FLOAT_BITS, Recipe, matches
 
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 2048
 
 
 def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
@@ -31,6 +32,7 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
         raise UnsupportedError(
             f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing can be quantized block by block"
         )
+    _check_cache(model, recipe)
     recipe.check_patterns([*structure.names(), *structure.others, *structure.floats])
     for pattern in recipe.targets:
         named = [n for n in structure.floats if matches(pattern, n)]
@@ -63,7 +65,7 @@ def checked_structure(model: nn.Module, recipe: Recipe) -> Structure:
             )
     if recipe.budget is not None:
         _check_budget(recipe, structure, [n for n in chosen if n not in structure.aliases])
-    if not anything:
+    if not anything and not recipe.cache_formats():
         raise RecipeError(f"bits {recipe.bits} leave every selected layer in float; give embedding or weight 3 to 8 bits")
     return structure
 
@@ -73,6 +75,10 @@ def _check_budget(recipe: Recipe, structure: Structure, names: list[str]) -> Non
     assert recipe.budget is not None
     if recipe.method == "smoothquant":
         raise UnsupportedError("a budget beside method smoothquant is not implemented; use fpq or minmax")
+    if recipe.budget.bytes is not None and recipe.transforms.learned:
+        raise UnsupportedError(
+            "budget.bytes does not count learned maps of inputs, so both together are not implemented; use average_bits or kl"
+        )
     weights, inputs = [], []
     for weight, activation in recipe.budget.pairs:
         rules = recipe.at(weight, activation)
@@ -91,8 +97,22 @@ def _check_budget(recipe: Recipe, structure: Structure, names: list[str]) -> Non
             )
 
 
+def _check_cache(model: nn.Module, recipe: Recipe) -> None:
+    """Raise UnsupportedError where the recipe wants a cache of codes and the model keeps no keys and values, or not all of them."""
+    if not recipe.cache_formats():
+        return
+    generates = getattr(model, "can_generate", None)
+    if generates is not None and not generates():
+        raise UnsupportedError(f"{type(model).__name__} does not generate, so it keeps no keys and values; leave out --cache-bits")
+    if (whole := kept_whole(model)) is not None and not any(whole):
+        raise UnsupportedError(
+            f"every layer of {type(model).__name__} keeps a sliding window or a state instead of all keys and values, "
+            "which is not implemented in codes; leave out --cache-bits"
+        )
+
+
 def token_batches(model: nn.Module, tokens: Tensor, device: torch.device) -> list[Batch]:
-    """Return (sequences, length) token ids as batches of about 4,096 tokens; the split never depends on the machine."""
+    """Return (sequences, length) token ids as batches of about 2,048 tokens; the split depends on neither the machine nor the ranks."""
     size = max(1, _BATCH_TOKENS // tokens.shape[1])
     return [as_batch(model, {"input_ids": part}, device) for part in torch.split(tokens, size)]
 
@@ -104,6 +124,8 @@ def checked_device(name: str) -> torch.device:
         raise UnsupportedError(f"unknown device {name!r}; use cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError("--device cuda: this PyTorch sees no CUDA device; use cpu")
+    if device.type == "cuda" and (number := ranks.device_number()) is not None:  # each rank has a GPU of its own
+        device = torch.device("cuda", number)
     return device
 
 
@@ -124,11 +146,11 @@ def float32_everywhere(model: nn.Module, device: torch.device) -> Iterator[None]
 
 
 def route_attention(model: nn.Module, recipe: Recipe) -> None:
-    """Let the attention of ``model`` run where its products can be quantized, if the recipe wants that.
+    """Let the attention of ``model`` run where its products can be seen and quantized, if the recipe wants that.
 
     Where the model has no such seam its attention stays in float, and the plan says so.
     """
-    if recipe.attention_formats()[0]:
+    if recipe.attention_formats()[0] or recipe.cache_formats():
         from llm_fp4.integrations.attention import use_quantized_attention
 
         use_quantized_attention(model)

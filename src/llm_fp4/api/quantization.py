@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -16,13 +17,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from llm_fp4 import ranks
 from llm_fp4.api.calibrate import calibration_tokens, whole_float_model
 from llm_fp4.api.media import source_batches
 from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, route_attention, token_batches
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError, UnsupportedError
 from llm_fp4.models import Batch, FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
-from llm_fp4.nn import CHILD, QuantEmbedding, share_inputs
+from llm_fp4.nn import CACHE, CHILD, QuantEmbedding, share_inputs
 from llm_fp4.pipeline import Job, parts
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
@@ -37,7 +39,8 @@ def quantize(
 ) -> Path:  # fmt: skip
     """Quantize the model ``source`` and return the checkpoint directory ``out``.
 
-    A run that was interrupted is continued by the same call; blocks that were finished are not done again.
+    A run that was interrupted is continued by the same call; blocks that were finished are not done again. Several processes
+    share one run where each makes the same call within :func:`llm_fp4.ranks.joined`.
 
     Args:
         source: a hub name, a directory, or a .gguf file; or one already opened.
@@ -52,11 +55,8 @@ def quantize(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     out = Path(os.path.abspath(out))  # "." and ".." have no name to put beside
     work = out.parent / f"{out.name}.partial"
-    if out.exists():
-        if work.exists() and not (work / "checkpoint").exists():  # killed between the last rename and the clean-up
-            shutil.rmtree(work, ignore_errors=True)
-            return out
-        raise OutputError(f"{out} exists already; remove it or choose another output")
+    if ranks.first(lambda: _finished(out, work)):
+        return out
     target = checked_device(device)
     progress(STAGE, 0, 1)
     opened = source if isinstance(source, FloatModel) else open_model(str(source))
@@ -74,6 +74,20 @@ def quantize(
     with _keeping_what_is_finished(store):
         _fill(store, opened, structure, recipe, tokens, given, out, target, progress)
     return out
+
+
+def _finished(out: Path, work: Path) -> bool:
+    """Return whether an earlier start wrote ``out`` and was killed between the last rename and the clean-up, which is done then.
+
+    Raises:
+        OutputError: something else is there.
+    """
+    if out.exists():
+        if work.exists() and not (work / "checkpoint").exists():
+            shutil.rmtree(work, ignore_errors=True)
+            return True
+        raise OutputError(f"{out} exists already; remove it or choose another output")
+    return False
 
 
 def _fill(
@@ -98,11 +112,9 @@ def _fill(
         job.run()
     if parts(structure, job.recipe) or recipe.transforms.rotation != "none":
         config["tie_word_embeddings"] = False
-    finish_checkpoint(
-        store, out, config, shapes, dump_recipe(recipe),
-        {"recipe": recipe.name, "method": recipe.method, "bits": recipe.widths, "float_bytes": float_bytes},
-        lambda folder: _save_extras(opened, folder),
-    )  # fmt: skip
+    description = {"recipe": recipe.name, "method": recipe.method, "bits": recipe.widths, "float_bytes": float_bytes}
+    extras = partial(_save_extras, opened)
+    ranks.first(lambda: finish_checkpoint(store, out, config, shapes, dump_recipe(recipe), description, extras))
 
 
 @contextmanager
@@ -116,7 +128,7 @@ def _keeping_what_is_finished(store: RunStore) -> Iterator[None]:
         store.close()
     except BaseException as error:
         store.close()
-        if store.done == 0 and store.tokens() is None and store.kept("sensitivity") is None:
+        if ranks.leads() and store.done == 0 and store.tokens() is None and store.kept("sensitivity") is None:
             shutil.rmtree(store.folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise output_error(error, store.folder) from None
@@ -156,6 +168,7 @@ def quantize_module(
             set_module(model, name, module)
         for module in model.modules():
             module._modules.pop(CHILD, None)
+            module._modules.pop(CACHE, None)
         if attention is not None:
             cast(Any, model).set_attn_implementation(attention)
         raise
@@ -168,6 +181,12 @@ def quantize_module(
         if isinstance(table := model.get_submodule(name), QuantEmbedding):
             table._dtype = table._dtype.to(dtypes[f"{structure.aliases.get(name, name)}.weight"])
     share_inputs(model)
+    if recipe.cache_formats():
+        from llm_fp4.integrations.cache import keep_in_codes
+
+        keep_in_codes(model)
+        if attention is not None and not recipe.attention_formats()[0]:  # only to look at what attention multiplies
+            cast(Any, model).set_attn_implementation(attention)
     return model
 
 

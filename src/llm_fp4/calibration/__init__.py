@@ -1,5 +1,6 @@
 """Calibration: data to token windows, and the inputs of linears gathered while a module runs."""
 
+from llm_fp4.calibration.caches import causal_attentions, collect_cached
 from llm_fp4.calibration.collect import collect, inputs_of, shared_inputs, token_rows
 from llm_fp4.calibration.labelled import Labelled, read_labelled
 from llm_fp4.calibration.media import draw_files, media_files, read_audio, read_image
@@ -9,6 +10,7 @@ from llm_fp4.calibration.sources import documents
 from llm_fp4.calibration.tokens import draw_windows, load_tokens, token_stream
 
 __all__ = [
-    "Labelled", "attention_order", "collect", "collect_product", "documents", "draw_files", "draw_windows", "inputs_of", "load_tokens",
+    "Labelled", "attention_order", "causal_attentions", "collect", "collect_cached", "collect_product", "documents", "draw_files",
+    "draw_windows", "inputs_of", "load_tokens",
     "media_files", "read_audio", "read_image", "read_labelled", "shared_inputs", "token_rows", "token_stream", "write_text",
 ]  # fmt: skip

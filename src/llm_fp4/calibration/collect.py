@@ -7,8 +7,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from llm_fp4 import ranks
 from llm_fp4.statistics import TokenStore
 
 
@@ -75,7 +77,7 @@ def collect(
     linears: Linears, runs: Iterable[tuple[Callable[[], object], Tensor | None]], folder: Path,
     transform: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, TokenStore]:  # fmt: skip
-    """Return the rows every one of ``linears`` reads over all ``runs``, stored in ``folder``.
+    """Return the rows every one of ``linears`` reads over all ``runs``, stored in ``folder``; of several ranks each runs its own.
 
     A run is cut short once each of ``linears`` has read its input: what comes after is not needed.
 
@@ -84,23 +86,34 @@ def collect(
         runs: for each batch a function that runs the module, and the batch's (batch, tokens) mask or None.
         transform: of rows before they are stored.
     """
+    runs, names = list(runs), list(linears)
     stores: dict[str, TokenStore] = {}
+    seen = torch.zeros(len(names), len(runs), 2, dtype=torch.int64)  # channels and rows of every linear in every batch
     mask: Tensor | None = None
     waiting: set[str] = set()
     with ExitStack() as stack:
 
         def keep(name: str, x: Tensor) -> None:
+            i = names.index(name)
             if name not in stores:
-                stores[name] = TokenStore(folder / f"{len(stores)}.rows", x.shape[-1])
+                stores[name] = TokenStore(folder / f"{i}.rows", x.shape[-1])
             rows = token_rows(x.detach(), mask)
             stores[name].append(rows if transform is None else transform(rows))
+            seen[i, batch, 0] = x.shape[-1]
+            seen[i, batch, 1] += len(rows)
             waiting.discard(name)
             if not waiting:
                 raise _Enough
 
         _hook(stack, linears, keep)
-        for run, masked in runs:
-            mask, waiting = masked, set(linears)  # both are read by the hook
+        for batch in ranks.mine(len(runs)):
+            run, mask = runs[batch]
+            waiting = set(linears)  # read by the hook, like the batch and its mask
             with suppress(_Enough):
                 run()
+    for i, (name, table) in enumerate(zip(names, ranks.united(seen), strict=True)):
+        if channels := int(table[:, 0].max()):  # it ran, here or on another rank
+            if name not in stores:
+                stores[name] = TokenStore(folder / f"{i}.rows", channels)
+            stores[name].settle(table[:, 1].tolist())
     return stores

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import safe_open
 
 from llm_fp4.checkpoint.attention import attention_of_plans
+from llm_fp4.checkpoint.caches import caches_of_plans
 from llm_fp4.checkpoint.manifest import METHOD, VERSION, manifest_of_plans
 from llm_fp4.checkpoint.run_store import RunStore
 from llm_fp4.storage import output_error, write_json, write_text
@@ -36,14 +37,18 @@ def finish_checkpoint(
     modules = manifest_of_plans(plans, shapes)
     if attention := attention_of_plans(plans):
         description = {**description, "attention": attention}
+    if caches := caches_of_plans(plans):
+        description = {**description, "cache": caches}
     quantization = {"quant_method": METHOD, "version": VERSION, **description, "modules": modules}
     write_json(folder / "config.json", {**config, "quantization_config": quantization})
     inputs = {n: p for plan in plans for n, p in plan["inputs"].items()}
     weights = {n: p for plan in plans for n, p in plan["weights"].items()}
     products = {n: p for plan in plans for n, p in plan.get("attention", {}).items()}
+    caches = {n: p for plan in plans for n, p in plan.get("cache", {}).items()}
     decided = {"inputs": inputs, "weights": weights, **({"attention": products} if products else {})}
     if budget := store.kept("budget"):
         decided["budget"] = budget
+    decided |= {"cache": caches} if caches else {}
     write_json(folder / "plan.json", {"version": VERSION, **description, **decided})
     write_text(folder / "recipe.yaml", recipe_yaml)
     weight_map, size = store.weight_map(), 0

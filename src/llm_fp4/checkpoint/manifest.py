@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from llm_fp4.checkpoint.attention import read_attention, verify_attention
+from llm_fp4.checkpoint.caches import read_caches, verify_caches
 from llm_fp4.errors import CheckpointError, LlmFp4Error
-from llm_fp4.nn import CHILD
+from llm_fp4.nn import CACHE, CHILD
 from llm_fp4.numerics import FloatFormat, PerBlock, packed_width, parse, parse_granularity
 from llm_fp4.plan import InputSpec
 from llm_fp4.storage import TensorFiles
@@ -23,7 +24,7 @@ METHOD = "llm_fp4"
 VERSION = 1
 _DTYPES = {
     "weight_packed": torch.uint8, "weight_scale": torch.float32, "weight_global_scale": torch.float32, "input_scale": torch.float32, "input_shift": torch.uint8,
-    "input_smooth": torch.float32,
+    "input_smooth": torch.float32, "input_left": torch.float32, "input_right": torch.float32,
 }  # fmt: skip
 STORED = frozenset(_DTYPES)  # the tensors of quantized modules, which are stored as they are
 
@@ -71,6 +72,10 @@ class ModuleEntry:
             if data["kind"] not in ("linear", "embedding") or rows < 1 or columns < 1:
                 raise CheckpointError(f"kind {data['kind']!r} with shape {data['shape']}")
             spec = InputSpec.from_json(data["input"]) if data.get("input") else None
+            if spec is not None and spec.factors and spec.factors[0] * spec.factors[1] != columns:
+                raise CheckpointError(
+                    f"transform {spec.transform} of {spec.factors[0] * spec.factors[1]} channels, but {columns} columns"
+                )
             blocks = parse_granularity(data["granularity"]) if "granularity" in data else None
             if blocks is not None and (
                 not isinstance(blocks, PerBlock) or blocks.scale_dtype == "float32" or data["kind"] != "linear"
@@ -97,6 +102,8 @@ class ModuleEntry:
                 out["input_shift"] = (columns,)
             if self.input.smooth:
                 out["input_smooth"] = (columns,)
+            if factors := self.input.factors:
+                out |= {"input_left": (factors[0],) * 2, "input_right": (factors[1],) * 2}
         return out
 
     def dtype(self, suffix: str) -> torch.dtype:
@@ -198,6 +205,7 @@ def verify(folder: Path) -> Manifest:
     manifest = read_manifest(quantization, str(folder))
     files = TensorFiles(folder, CheckpointError)
     verify_attention(read_attention(quantization, str(folder)), files, CHILD)
+    verify_caches(read_caches(quantization, str(folder)), files, CACHE)
     for name, entry in manifest.items():
         for suffix, shape in entry.tensors().items():
             full = f"{name}.{suffix}"

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llm_fp4 import ranks
 from llm_fp4.checkpoint.outputs import BlockOutputs
 from llm_fp4.errors import OutputError
 from llm_fp4.storage import output_error, write_json, write_tensors
@@ -26,7 +27,7 @@ _OWN = {"state", "checkpoint", "scratch", "run.json", ".run.json.tmp", _LOCK}
 
 
 class RunStore:
-    """The working directory of one run, which holds it locked until :meth:`close`.
+    """The working directory of one run, which holds it locked until :meth:`close`; of several ranks the first writes.
 
     Args:
         folder: created if it is not there. fingerprint: what must be equal for the run to be continued.
@@ -38,12 +39,19 @@ class RunStore:
     def __init__(self, folder: Path, fingerprint: dict[str, Any], units: int, shards: bool = True) -> None:
         self.folder, self.units, self._shards = folder, units, shards
         self.state, self.checkpoint = folder / "state", folder / "checkpoint"
+        self._lock = FileLock(folder / _LOCK, timeout=0, is_singleton=True)  # the system frees it if the process dies
+        ranks.first(lambda: self._take(fingerprint))
+        self.done: int = _json(self.state / "progress.json").get("done", 0)
+        self.outputs = BlockOutputs(self.state / "outputs")
+
+    def _take(self, fingerprint: dict[str, Any]) -> None:
+        """Lock the folder, and continue the run it holds or begin one."""
+        folder = self.folder
         strange = folder.is_dir() and not (folder / "run.json").is_file()
         if strange and (names := sorted({p.name for p in folder.iterdir()} - _OWN)):
             raise OutputError(f"{folder} holds {names[0]}, which no run of llm-fp4 wrote; remove it or choose another output")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / _LOCK, timeout=0, is_singleton=True)  # the system frees it if the process dies
             self._lock.acquire()
         except Timeout:
             raise OutputError(f"another process is writing {folder}; wait for it or choose another output") from None
@@ -76,8 +84,6 @@ class RunStore:
         except OSError as error:
             raise output_error(error, self.folder) from None
         write_json(identity, fingerprint)
-        self.done: int = finished
-        self.outputs = BlockOutputs(self.state / "outputs")
 
     def _clear(self) -> None:
         """Remove everything but the lock."""
@@ -99,11 +105,14 @@ class RunStore:
 
     def finish(self, unit: int, tensors: dict[str, Tensor], plan: dict[str, Any], keep: Collection[str] = ()) -> None:
         """Write the unit's shard and plan, then mark it finished; of the outputs only those of the blocks ``keep`` stay."""
+        ranks.first(lambda: self._write(unit, tensors, plan, keep))
+        self.done = unit + 1
+
+    def _write(self, unit: int, tensors: dict[str, Tensor], plan: dict[str, Any], keep: Collection[str]) -> None:
         if self._shards:
             write_tensors(self.checkpoint / self.shard_name(unit), tensors)
         write_json(self.state / f"plan-{unit:05d}.json", plan)
         write_json(self.state / "progress.json", {"done": unit + 1})
-        self.done = unit + 1
         self.outputs.keep(keep)
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
@@ -119,7 +128,7 @@ class RunStore:
 
     def keep(self, name: str, data: dict[str, Any]) -> None:
         """Store what was decided before the first unit."""
-        write_json(self.state / f"{name}.json", data)
+        ranks.first(lambda: write_json(self.state / f"{name}.json", data))
 
     def kept(self, name: str) -> dict[str, Any] | None:
         """Return what :meth:`keep` stored under ``name``, or None."""

@@ -37,6 +37,25 @@ def evaluate(
         int | None,
         typer.Option("--windows", min=1, metavar="N", show_default=False, help="At most this many windows.  [default: all]"),
     ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            "--context",
+            metavar="N,N",
+            show_default=False,
+            help="Perplexity at these lengths of context, on the same text: 512,2048,8192; --windows counts the longest.  [default: --length]",
+        ),
+    ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            "--chunk",
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Run a window in pieces of N tokens through the cache.  [default: whole; 512 with --context; a cache in codes: its float window]",
+        ),
+    ] = None,
     zeroshot: Annotated[
         list[str] | None,
         typer.Option(
@@ -87,6 +106,7 @@ def evaluate(
     Examples:
       llm-fp4 eval smollm-fp4 --text wiki.txt --reference HuggingFaceTB/SmolLM2-135M-Instruct
       llm-fp4 eval smollm-fp4 --text wiki.txt --windows 16 --json
+      llm-fp4 eval smollm-fp4 --text wiki.txt --context 512,2048,8192
       llm-fp4 eval smollm-fp4 --zeroshot arc_easy.jsonl --zeroshot piqa.jsonl
       llm-fp4 eval vit-fp4 --images val --labels labels.tsv --reference ./vit
       llm-fp4 eval minilm-fp4 --table stsb/dev.csv
@@ -97,17 +117,25 @@ def evaluate(
         raise typer.BadParameter("--images needs --labels, and --audio needs --transcripts")
     if text is None and images is None and reference is not None:
         raise typer.BadParameter("--reference compares predictions on a text; add --text")
+    lengths = _lengths(context, text)
     from llm_fp4 import api
     from llm_fp4.evaluation import evaluate_tasks
 
     result: dict[str, Any] = {"path": path}
+    warnings: list[str] = []
     with working(quiet) as progress:
         loaded = api.load_any(path, device=device, progress=progress)
-        if text is not None:
-            metrics = api.evaluate(
-                loaded, text=text, reference=reference, length=length, windows=windows, device=device, progress=progress
-            )
-            result["text"] = {"file": text, "length": length, **{name: asdict(each) for name, each in metrics.items()}}
+        rules: dict[str, Any] = {"text": text, "chunk": chunk, "device": device, "progress": progress, "warn": warnings.append}
+        if text is not None and lengths:
+            flat = None if reference is None else api.load_any(reference, device=device, progress=progress)
+            measured = api.evaluate_contexts(loaded, lengths, reference=flat, windows=windows or 1, **rules)
+            result["context"] = {
+                length: _with_gap({name: asdict(each) for name, each in metrics.items()}) for length, metrics in measured.items()
+            }
+        elif text is not None:
+            metrics = api.evaluate(loaded, reference=reference, length=length, windows=windows, **rules)
+            shown = _with_gap({name: asdict(each) for name, each in metrics.items()})
+            result["text"] = {"file": text, "length": length, **shown}
         if zeroshot:
             answers = api.answer_questions(loaded, zeroshot, limit=limit, progress=progress)
             result["zeroshot"] = {name: asdict(each) for name, each in answers.items()}
@@ -124,13 +152,31 @@ def evaluate(
             result["table"] = api.judge_table(loaded, table, limit)
         if audio is not None and transcripts is not None:
             result["audio"] = api.judge_speech(loaded, audio, transcripts, limit)
-    if "float" in result.get("text", {}):
-        measured = result["text"]
-        measured["gap"] = math.log(measured["model"]["perplexity"] / measured["float"]["perplexity"])
+    if warnings:
+        result["warnings"] = warnings
     if as_json:
         print_json(result)
     else:
         _show(result, path)
+
+
+def _lengths(context: str | None, text: str | None) -> list[int]:
+    """Return the lengths of "512,2048"; none where the option is not given."""
+    if context is None:
+        return []
+    if text is None:
+        raise typer.BadParameter("--context measures perplexity; add --text")
+    parts = [p.strip() for p in context.split(",")]
+    if not all(p.isdigit() and int(p) >= 2 for p in parts):
+        raise typer.BadParameter(f"--context {context!r} is no list of lengths; write 512,2048,8192, say")
+    return sorted({int(p) for p in parts})
+
+
+def _with_gap(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics and, with a reference, ln(perplexity / float perplexity)."""
+    if "float" not in metrics:
+        return metrics
+    return metrics | {"gap": math.log(metrics["model"]["perplexity"] / metrics["float"]["perplexity"])}
 
 
 def _show(result: dict[str, Any], path: str) -> None:
@@ -144,6 +190,15 @@ def _show(result: dict[str, Any], path: str) -> None:
         print_table(("model", "perplexity", "KL (nats)", "top-1 agreement", "tokens"), rows)
         if "gap" in text:
             print(f"ln(perplexity / float perplexity) = {text['gap']:.4f}")
+    if "context" in result:
+        columns = ("context", "perplexity", "float", "ln ratio", "KL (nats)", "top-1 agreement", "tokens")
+        rows = []
+        for length, found in result["context"].items():
+            m, flat = found["model"], found.get("float", {}).get("perplexity")
+            rows.append((length, m["perplexity"], flat, found.get("gap"), m["kl"], m["top1"], m["tokens"]))
+        print_table(columns, rows)
+    for sentence in result.get("warnings", []):
+        print(f"warning: {sentence}")
     if "images" in result:
         rows = [
             (path if n == "model" else "float reference", m["top1"], m["top5"], m["agreement"], m["n"])

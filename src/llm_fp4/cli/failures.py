@@ -8,6 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from llm_fp4 import ranks
 from llm_fp4.errors import LlmFp4Error
 from llm_fp4.storage import output_error
 
@@ -40,9 +41,10 @@ def debugging() -> bool:
 
 
 def report(error: BaseException) -> int:
-    """Write the sentence of ``error`` to stderr and return the exit code."""
+    """Write the sentence of ``error`` to stderr, once for all ranks of a run, and return the exit code."""
     sentence, code = describe(error)
-    typer.echo(f"llm-fp4: {' '.join(sentence.split())}", err=True)
+    if ranks.speaks():
+        typer.echo(f"llm-fp4: {' '.join(sentence.split())}", err=True)
     return code
 
 

@@ -13,7 +13,7 @@ from llm_fp4.cli.render import print_facts, print_json, print_table, size
 from llm_fp4.cli.working import working
 
 if TYPE_CHECKING:
-    from llm_fp4.api import AttentionReport, Inspection, LayerReport, SiteActivations
+    from llm_fp4.api import AttentionReport, CacheReport, Inspection, LayerReport, SiteActivations
 
 FEW = 8  # calibration sequences, where only statistics are wanted
 
@@ -33,6 +33,7 @@ def inspect(
     bits: options.BitsOption = None,
     lm_head_bits: options.LmHeadBits = None,
     attention: options.Attention = None,
+    cache_bits: options.CacheBits = None,
     calibration: options.CalibrationSource = None,
     sequences: Annotated[
         int | None,
@@ -56,7 +57,7 @@ def inspect(
     """
     wish = options.recipe_of(
         recipe, bits=bits, lm_head_bits=lm_head_bits, calibration=calibration, sequences=sequences or FEW, length=length, ignore=ignore,
-        targets=targets, attention=attention, seed=seed,
+        targets=targets, attention=attention, cache_bits=cache_bits, seed=seed,
     )  # fmt: skip
     from llm_fp4 import api
     from llm_fp4.models import open_model
@@ -88,6 +89,8 @@ def inspect(
         _wish(found.layers)
     if found.attention and not sites:
         _attention(found.attention)
+    if found.cache and not sites:
+        _cache(found.cache)
     if written:
         print(f"{len(written)} figures in {figures}")
 
@@ -130,6 +133,12 @@ def _wish(layers: list[LayerReport]) -> None:
 def _attention(modules: list[AttentionReport]) -> None:
     rows = [(a.name, *(_formats(f) for f in a.formats), *a.errors, a.reason) for a in modules]
     print_table(("attention", "query", "key", "probability", "value", "error of Q·K'", "error of P·V", "why"), rows)
+
+
+def _cache(modules: list[CacheReport]) -> None:
+    rows = [(c.name, *(_formats(f) for f in c.formats), c.window, c.sinks, *c.errors, c.ratio, c.reason) for c in modules]
+    columns = ("cache of", "keys", "values", "newest float", "first float", "error of Q·K'", "error of P·V", "times smaller", "why")
+    print_table(columns, rows)
 
 
 def _activations(sites: list[SiteActivations]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llm_fp4 import __version__
+from llm_fp4 import __version__, ranks
 from llm_fp4.cli.bench import bench
 from llm_fp4.cli.evaluate import evaluate
 from llm_fp4.cli.export import export
@@ -16,6 +16,7 @@ from llm_fp4.cli.generate import generate
 from llm_fp4.cli.inspect import inspect
 from llm_fp4.cli.quantize import quantize
 from llm_fp4.cli.recipes import recipes
+from llm_fp4.errors import RankError
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -31,6 +32,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def top(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
     ] = False,
@@ -46,6 +48,8 @@ def top(
     Exit codes: 0 done, 1 a problem named in one sentence, 2 wrong options or recipe, 130 interrupted. LLM_FP4_DEBUG=1 shows
     tracebacks.
     """
+    if ranks.started() > 1 and context.invoked_subcommand != "quantize":
+        raise RankError(f"torchrun starts only quantize as several processes; run llm-fp4 {context.invoked_subcommand} without it")
 
 
 app.command("quantize")(quantize)

@@ -57,6 +57,13 @@ MaxKl = Annotated[
         help="Likewise, but the fewest bits at which the predicted divergence from the float model is X nats at most.",
     ),
 ]  # fmt: skip
+CacheBits = Annotated[
+    int | None,
+    typer.Option(
+        "--cache-bits", metavar="BITS", show_default=False,
+        help="Bits of the keys and values a decoder keeps while it writes: 3 to 8, or 16 for float.  [default: 16]",
+    ),
+]  # fmt: skip
 Sequences = Annotated[
     int | None, typer.Option("--sequences", help="Calibration sequences.  [default: 32]", metavar="N", min=1, show_default=False)
 ]
@@ -90,8 +97,8 @@ Seed = Annotated[
 def recipe_of(
     name: str, *, bits: str | None = None, lm_head_bits: int | None = None, calibration: str | None = None, sequences: int | None = None,
     length: int | None = None, ignore: list[str] | None = None, targets: list[str] | None = None, rounds: int | None = None,
-    propagation: str | None = None, attention: int | None = None, seed: int | None = None, average_bits: float | None = None,
-    max_bytes: int | None = None, max_kl: float | None = None,
+    propagation: str | None = None, attention: int | None = None, cache_bits: int | None = None, seed: int | None = None,
+    average_bits: float | None = None, max_bytes: int | None = None, max_kl: float | None = None,
 ) -> Recipe:  # fmt: skip
     """Return the recipe called ``name`` with every option that was given in the place of its field.
 
@@ -104,7 +111,7 @@ def recipe_of(
     given: list[tuple[str, str, Any]] = [
         ("bits", "lm_head", lm_head_bits), ("calibration", "source", calibration), ("calibration", "sequences", sequences),
         ("calibration", "length", length), ("search", "rounds", rounds), ("search", "propagation", propagation),
-        ("attention", "bits", attention),
+        ("attention", "bits", attention), ("cache", "bits", cache_bits),
     ]  # fmt: skip
     for section, key, value in given:
         if value is not None:

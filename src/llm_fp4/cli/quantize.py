@@ -6,10 +6,12 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llm_fp4 import ranks
 from llm_fp4.cli import options
 from llm_fp4.cli.budget import average, print_budget
 from llm_fp4.cli.failures import Interrupted
@@ -35,6 +37,7 @@ def quantize(
     average_bits: options.AverageBits = None,
     max_bytes: options.MaxBytes = None,
     max_kl: options.MaxKl = None,
+    cache_bits: options.CacheBits = None,
     calibration: options.CalibrationSource = None,
     sequences: options.Sequences = None,
     length: options.Length = None,
@@ -60,6 +63,7 @@ def quantize(
     """Quantize the model SRC and write the checkpoint OUT.
 
     Options override the recipe's fields. An interrupted run is continued by the same command; its finished blocks lie in OUT.partial.
+    Started by torchrun, N processes share the run and write the same bytes as one with as many threads as each.
 
     \b
     Examples:
@@ -67,25 +71,35 @@ def quantize(
       llm-fp4 quantize ./model out --bits 4/4/8 --calibration text.txt
       llm-fp4 quantize model.gguf out --recipe minmax-int --ignore lm_head
       llm-fp4 quantize ./model out --average-bits 4.5 --calibration text.txt
+      torchrun --nproc-per-node 2 -m llm_fp4 quantize ./model out
     """
-    wish = options.recipe_of(
-        recipe, bits=bits, lm_head_bits=lm_head_bits, calibration=calibration, sequences=sequences, length=length, ignore=ignore,
-        targets=targets, attention=attention, rounds=rounds, propagation=propagation.value if propagation else None, seed=seed,
-        average_bits=average_bits, max_bytes=max_bytes, max_kl=max_kl,
-    )  # fmt: skip
-    import llm_fp4
+    with ranks.joined(device):
+        wish = options.recipe_of(
+            recipe, bits=bits, lm_head_bits=lm_head_bits, calibration=calibration, sequences=sequences, length=length, ignore=ignore,
+            targets=targets, attention=attention, cache_bits=cache_bits, rounds=rounds, propagation=propagation.value if propagation else None,
+            seed=seed, average_bits=average_bits, max_bytes=max_bytes, max_kl=max_kl,
+        )  # fmt: skip
+        import llm_fp4
 
-    if plan_only:
-        _plan(source, wish, device, as_json)
-        return
-    began = time.monotonic()
-    try:
-        with working(quiet) as progress:
-            made = llm_fp4.quantize(source, out, wish, device=device, progress=progress)
-            found = llm_fp4.inspect_model(made)
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted; finished blocks are kept, and the same command continues after them") from None
-    seconds = time.monotonic() - began
+        if plan_only:
+            if ranks.leads():
+                _plan(source, wish, device, as_json)
+            return
+        began = time.monotonic()
+        try:
+            with working(quiet or not ranks.leads()) as progress:
+                made = llm_fp4.quantize(source, out, wish, device=device, progress=progress)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; finished blocks are kept, and the same command continues after them") from None
+        if ranks.leads():
+            _print_result(made, out, time.monotonic() - began, as_json)
+
+
+def _print_result(made: Path, out: str, seconds: float, as_json: bool) -> None:
+    """Print what was written, and in how many seconds."""
+    from llm_fp4 import inspect_model
+
+    found = inspect_model(made)
     packed = [layer for layer in found.layers if layer.weight]
     weights = Counter(layer.weight[0] for layer in packed)
     inputs = Counter(layer.input[0] if layer.input else "float" for layer in packed if layer.kind == "linear")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm_fp4.errors import CalibrationError, NonFiniteError, UnsupportedError
 from llm_fp4.evaluation.running import device_of, evaluating
+from llm_fp4.models import continued
 from llm_fp4.progress import Progress, silent
 
 REFERENCE = "float"
@@ -75,9 +77,24 @@ class _Sums:
         return Metrics(perplexity, kl if compared else None, self.agree / self.tokens if compared else None, self.tokens)
 
 
-def _logits(model: nn.Module, name: str, window: Tensor, place: str) -> Tensor:
-    """Return the (length - 1, vocabulary) logits that predict the second token of ``window`` and those after it."""
-    logits: Tensor = model(input_ids=window[None].to(device_of(model)), use_cache=False).logits[0, :-1]
+class _Run:
+    """One model on one window, in pieces; from the second piece on it reads the past from its cache."""
+
+    def __init__(self, model: nn.Module, name: str, place: str, whole: bool) -> None:
+        self.model, self.name, self.place, self.whole = model, name, place, whole
+        self._cache: Any = None
+
+    def logits(self, piece: Tensor) -> Tensor:
+        """Return the (tokens, vocabulary) logits of the next ``piece`` of the window."""
+        ids = piece[None].to(device_of(self.model))
+        if self.whole:
+            found: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        else:
+            found, self._cache = continued(self.model, ids, self._cache)
+        return _finite(found[0], self.name, self.place)
+
+
+def _finite(logits: Tensor, name: str, place: str) -> Tensor:
     if not bool(torch.isfinite(logits).all()):
         bad = int((~torch.isfinite(logits)).sum())
         raise NonFiniteError(f"model {name!r} gives {bad:,} logits that are NaN or infinite in {place}; run it in float32")
@@ -85,14 +102,16 @@ def _logits(model: nn.Module, name: str, window: Tensor, place: str) -> Tensor:
 
 
 def compare(
-    reference: nn.Module | None, models: dict[str, nn.Module], windows: Tensor, progress: Progress = silent
-) -> dict[str, Metrics]:
+    reference: nn.Module | None, models: dict[str, nn.Module], windows: Tensor, progress: Progress = silent,
+    chunk: int | None = None,
+) -> dict[str, Metrics]:  # fmt: skip
     """Return the metrics of the reference, under "float", and of every model, on the same windows.
 
     Args:
         reference: the float causal model: ``model(input_ids=..., use_cache=False).logits``; None to leave out
             KL divergence and agreement.
         windows: (n, length) int64, each run by itself; only one window's logits of two models are held.
+        chunk: run a window in pieces of so many tokens through the model's cache, and hold the logits of one; None: as a whole.
     Raises:
         NonFiniteError: a model gives NaN or infinite logits; the message names it.
         UnsupportedError: a model has another vocabulary than the reference, or is named "float" itself.
@@ -101,20 +120,27 @@ def compare(
         raise UnsupportedError(f"a model cannot be named {REFERENCE!r}, which names the reference; give it another name")
     everyone = ({REFERENCE: reference} if reference is not None else {}) | models
     sums = {name: _Sums() for name in everyone}
-    total, done = len(windows) * len(everyone), 0
+    pieces = list(range(0, windows.shape[1] - 1, chunk or windows.shape[1]))
+    total, done = len(windows) * len(everyone) * len(pieces), 0
     with evaluating(*everyone.values()):
         for number, window in enumerate(windows, start=1):
-            expected: Tensor | None = None
-            for name, model in everyone.items():
-                logits = _logits(model, name, window, f"window {number} of {len(windows)}")
-                if reference is not None and name == REFERENCE:
-                    expected = logits
-                if expected is not None and expected.shape != logits.shape:
-                    raise UnsupportedError(
-                        f"model {name!r} has a vocabulary of {logits.shape[1]:,}, the reference one of {expected.shape[1]:,}; "
-                        "compare models of one tokenizer"
-                    )
-                sums[name].add(logits, window[1:], expected)
-                done += 1
-                progress(STAGE, done, total)
+            place = f"window {number} of {len(windows)}"
+            runs = {name: _Run(model, name, place, chunk is None) for name, model in everyone.items()}
+            for begin in pieces:
+                # what predicts nothing need not run, but whole windows run whole
+                end = len(window) if chunk is None else min(begin + chunk, len(window) - 1)
+                following = window[begin + 1 : end + 1]
+                expected: Tensor | None = None
+                for name, run in runs.items():
+                    logits = run.logits(window[begin:end])[: len(following)]
+                    if reference is not None and name == REFERENCE:
+                        expected = logits
+                    if expected is not None and expected.shape != logits.shape:
+                        raise UnsupportedError(
+                            f"model {name!r} has a vocabulary of {logits.shape[1]:,}, the reference one of {expected.shape[1]:,}; "
+                            "compare models of one tokenizer"
+                        )
+                    sums[name].add(logits, following, expected)
+                    done += 1
+                    progress(STAGE, done, total)
     return {name: each.metrics(reference is not None) for name, each in sums.items()}

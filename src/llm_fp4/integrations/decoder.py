@@ -86,7 +86,7 @@ class Decoder:
     def _site(self, module: Any, names: tuple[str, ...], where: str) -> Site:
         linears = operands_of(module, names, where)
         first = linears[0]
-        operands = [self._pinned.operand(m.weight_packed, m.weight_scale, m.bias, m.weight_format) for m in linears]
+        operands = [self._pinned.operand(m.quantized, m.bias) for m in linears]
         scale = None if first.spec is None else first.input_scale
         return self._pinned.site(first.columns, first.spec, scale, first.input_shift, first.input_smooth, operands)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.kernels import decoding
-from llm_fp4.nn import QuantLinear
+from llm_fp4.nn import CacheCodes, QuantLinear
 
 _BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
@@ -32,6 +32,7 @@ def check_decoder(model: Any) -> None:
     _require(on_cpu, "the model is not in the memory of the CPU")
     kind = getattr(inner.rotary_emb, "rope_type", "default")
     _require(kind not in ("dynamic", "longrope"), f"its {kind} rotary positions change with the length")
+    _require(not any(isinstance(m, CacheCodes) for m in model.modules()), "its keys and values are kept in codes")
     kinds = getattr(model.config, "layer_types", None)
     windows = getattr(model.config, "sliding_window", None) if kinds is None else set(kinds) - {"full_attention"}
     _require(not windows, "it attends to a sliding window or to another part of the text")
@@ -50,17 +51,25 @@ def operands_of(module: nn.Module, names: tuple[str, ...], where: str) -> list[Q
         child = getattr(module, name, None)
         _require(isinstance(child, QuantLinear), f"{where}.{name} is not quantized")
         assert isinstance(child, QuantLinear)
-        _require(child.blocks is None, f"{where}.{name} has block scales")
+        _require(child.input_left is None, f"the input of {where}.{name} passes a learned transform")
         integers = child.exact and (child.weight_format.bits == 4 or child.weight_format.name == "e1m6")
         weight_only = child.spec is None and child.blocks is None and child.weight_format.bits == 4
-        _require(integers or weight_only, f"{where}.{name} does not multiply integers")
+        _require(
+            integers or weight_only or decoding.covers_blocks(child.weight_format, child.blocks, child.spec),
+            f"{where}.{name} does not multiply integers",
+        )
         found.append(child)
     first = found[0]
-    same = all(
-        f is first or (f.spec is None and first.spec is None) or (f.site is not None and f.site is first.site) for f in found
-    )
+    same = all(f is first or (f.spec is None and first.spec is None) or _one_site(f, first) for f in found)
     _require(same, f"{', '.join(names)} of {where} round their input differently")
     return found
+
+
+def _one_site(a: QuantLinear, b: QuantLinear) -> bool:
+    """Return whether two linears quantize what they read alike."""
+    if a.spec is not None and a.spec.blocks is not None:
+        return a.spec == b.spec and torch.equal(a.input_scale, b.input_scale)
+    return a.site is not None and a.site is b.site
 
 
 def _check_block(block: nn.Module, where: str) -> None:

@@ -10,10 +10,20 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llm_fp4.checkpoint import METHOD, Manifest, read_attention, read_manifest
+from llm_fp4.checkpoint import METHOD, Manifest, read_attention, read_caches, read_manifest
 from llm_fp4.errors import CheckpointError
-from llm_fp4.nn import CHILD, AttentionProducts, PackedModule, borrow_weight, replace_module, share_inputs, share_weight
-from llm_fp4.plan import AttentionSpec
+from llm_fp4.nn import (
+    CACHE,
+    CHILD,
+    AttentionProducts,
+    CacheCodes,
+    PackedModule,
+    borrow_weight,
+    replace_module,
+    share_inputs,
+    share_weight,
+)
+from llm_fp4.plan import AttentionSpec, CacheSpec
 
 
 @register_quantization_config(METHOD)
@@ -45,6 +55,7 @@ class LlmFp4Quantizer(HfQuantizer):  # type: ignore[misc]  # as above
         manifest = self._manifest()
         install(model, manifest)
         install_attention(model, read_attention(self.quantization_config.to_dict(), "config.json"))
+        install_caches(model, read_caches(self.quantization_config.to_dict(), "config.json"))
         # transformers ties parameters by name; these names are gone, and packed weights are shared after loading
         for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
             keys = getattr(model, attribute, None)
@@ -85,18 +96,41 @@ def install_attention(model: nn.Module, attention: dict[str, AttentionSpec]) -> 
     from llm_fp4.integrations.attention import use_quantized_attention
 
     for name, spec in attention.items():
-        try:
-            owner = model.get_submodule(name)
-        except AttributeError:
-            raise CheckpointError(
-                f"the checkpoint quantizes the attention {name}, which {type(model).__name__} does not have; they do not belong together"
-            ) from None
-        device = next(chain(owner.parameters(), owner.buffers(), model.parameters())).device
-        owner.add_module(CHILD, AttentionProducts(spec, device))
+        owner = _attention(model, name, "attention")
+        owner.add_module(CHILD, AttentionProducts(spec, _device(owner, model)))
     if not use_quantized_attention(model):
         raise CheckpointError(
             f"{type(model).__name__} does not run attention through transformers' interface here; use the version that quantized it"
         )
+
+
+def install_caches(model: nn.Module, caches: dict[str, CacheSpec]) -> None:
+    """Give every attention module that is listed the place for its cache's scales, and let it keep codes.
+
+    Raises:
+        CheckpointError: the model has no such module.
+    """
+    if not caches:
+        return
+    from llm_fp4.integrations.cache import keep_in_codes  # only now, as above
+
+    for name, spec in caches.items():
+        owner = _attention(model, name, "cache of")
+        owner.add_module(CACHE, CacheCodes(spec, _device(owner, model)))
+    keep_in_codes(model)
+
+
+def _attention(model: nn.Module, name: str, what: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(
+            f"the checkpoint quantizes the {what} {name}, which {type(model).__name__} does not have; they do not belong together"
+        ) from None
+
+
+def _device(owner: nn.Module, model: nn.Module) -> Any:
+    return next(chain(owner.parameters(), owner.buffers(), model.parameters())).device
 
 
 def share(model: nn.Module, manifest: Manifest) -> None:

@@ -25,7 +25,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
-from llm_fp4.checkpoint import METHOD, STORED, Manifest, ModuleEntry, read_attention, read_manifest, verify
+from llm_fp4.checkpoint import METHOD, STORED, Manifest, ModuleEntry, read_attention, read_caches, read_manifest, verify
 from llm_fp4.errors import CheckpointError, UnsupportedError
 from llm_fp4.integrations.vllm_layers import BlockParameter, InputParameter, Part, RowParameter, WeightParameter, counted, missing
 from llm_fp4.numerics import decode, packed_width, unpack
@@ -59,6 +59,8 @@ class LlmFp4VllmConfig(QuantizationConfig):  # type: ignore[misc]
             raise UnsupportedError(
                 f"vLLM cannot run quantized attention products ({next(iter(attention))}); quantize again without --attention"
             )
+        if caches := read_caches(config, "config.json"):
+            raise UnsupportedError(f"vLLM has a cache of its own for {next(iter(caches))}; quantize again without --cache-bits")
         return cls(read_manifest(config, "config.json"))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -162,6 +164,11 @@ class LlmFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
         if columns < input_size and spec.transform is not None:
             raise UnsupportedError(
                 f"{self.prefix} cannot be split: its input passes a transform of all channels; serve it on one GPU"
+            )
+        if any(e.input is not None and e.input.factors for e in entries):
+            raise UnsupportedError(
+                f"{self.prefix} reads its input through a learned transform, which is not implemented in vLLM; "
+                "quantize without transforms.learned"
             )
         add("input_scale", InputParameter, torch.zeros(parts, 1))
         if any(e.input is not None and e.input.max_shift for e in entries):

@@ -1,6 +1,7 @@
 """The operations of block formats (NVFP4, MXFP4) as torch.library ops: inputs scaled block by block, decoded weights.
 
-Values are exact products of a level and a stored scale; only the sum over channels rounds. The bodies are the reference.
+Values are exact products of a level and a stored scale; only the sum over channels rounds. The bodies are the reference;
+``cpu_blocks`` overrides the products.
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ def _(x, second, block_size, scale_dtype, exponent_bits, mantissa_bits):  # type
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("llm_fp4::block_linear", mutates_args=())
-def block_linear(
+def block_linear_reference(
     x: Tensor, weight_packed: Tensor, weight_scale: Tensor, second: Tensor | None, bias: Tensor | None,
     block_size: int, scale_dtype: str, exponent_bits: int, mantissa_bits: int,
 ) -> Tensor:  # fmt: skip
@@ -57,6 +57,39 @@ def block_linear(
     return out if bias is None else out.add_(bias)
 
 
+block_linear = torch.library.custom_op("llm_fp4::block_linear", block_linear_reference, mutates_args=())
+
+
 @block_linear.register_fake
 def _(x, weight_packed, weight_scale, second, bias, block_size, scale_dtype, exponent_bits, mantissa_bits):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], weight_packed.shape[0]), dtype=torch.float32)
+
+
+def quantized_block_linear_reference(
+    x: Tensor, input_second: Tensor, input_block_size: int, input_scale_dtype: str, input_exponent_bits: int, input_mantissa_bits: int,
+    weight_packed: Tensor, weight_scale: Tensor, second: Tensor | None, bias: Tensor | None,
+    block_size: int, scale_dtype: str, exponent_bits: int, mantissa_bits: int,
+) -> Tensor:  # fmt: skip
+    """Return the (tokens, out) float32 of :func:`block_linear` on what :func:`quantize_blocks` makes of ``x``.
+
+    Args:
+        x to input_mantissa_bits: of :func:`quantize_blocks`. The others are of :func:`block_linear`.
+    """
+    values = quantize_blocks(x, input_second, input_block_size, input_scale_dtype, input_exponent_bits, input_mantissa_bits)
+    out: Tensor = block_linear(
+        values, weight_packed, weight_scale, second, bias, block_size, scale_dtype, exponent_bits, mantissa_bits
+    )
+    return out
+
+
+quantized_block_linear = torch.library.custom_op(
+    "llm_fp4::quantized_block_linear", quantized_block_linear_reference, mutates_args=()
+)
+
+
+@quantized_block_linear.register_fake
+def _(  # type: ignore[no-untyped-def]
+    x, input_second, input_block_size, input_scale_dtype, input_exponent_bits, input_mantissa_bits, weight_packed, weight_scale,
+    second, bias, block_size, scale_dtype, exponent_bits, mantissa_bits,
+):  # fmt: skip
     return x.new_empty((x.shape[0], weight_packed.shape[0]), dtype=torch.float32)

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from llm_fp4.errors import UnsupportedError
 
-_VERSION = 3  # of the argument lists below; csrc/binding.cpp has the same number
+_VERSION = 4  # of the argument lists below; csrc/binding.cpp has the same number
 _VARIABLE = "LLM_FP4_KERNEL"
 _TORCH = "torch"  # the name that leaves everything to the reference bodies
 
@@ -28,13 +28,22 @@ _ARGUMENTS: dict[str, list[type]] = {
         c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_int,
         c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int,
     ],
+    "llm_fp4_block_float_linear": [
+        c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int,
+    ],
+    "llm_fp4_quantized_block_linear": [
+        c_void_p, c_int, c_int64, c_int64, c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_int64, c_void_p, c_int, c_int,
+        c_void_p, c_void_p, c_int, c_int, c_void_p, c_int,
+    ],
     "llm_fp4_hadamard": [c_void_p, c_int64, c_int64, c_void_p, c_int],
     "llm_fp4_site_linear": [c_void_p, c_void_p, c_void_p, c_void_p, c_int],
     "llm_fp4_run_blocks": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int],
     "llm_fp4_int_linear": [
         c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int,
     ],
-    "llm_fp4_float_linear": [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int],
+    "llm_fp4_float_linear": [
+        c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int,
+    ],
 }  # fmt: skip
 
 

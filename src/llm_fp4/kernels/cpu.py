@@ -111,11 +111,11 @@ def float_linear(
     )  # fmt: skip
     if library is None or not covered:
         return ops.float_linear_reference(x, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)
-    x = x.float().contiguous()
+    x = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
     y = torch.empty((tokens, out), dtype=torch.float32)
     check(
         library.llm_fp4_float_linear(
-            x.data_ptr(), tokens, width, weight_packed.data_ptr(), out, weight_scale.data_ptr(), address(bias),
+            x.data_ptr(), x.dtype == torch.bfloat16, tokens, width, weight_packed.data_ptr(), out, weight_scale.data_ptr(), address(bias),
             exponent_bits, mantissa_bits, y.data_ptr(), threads(tokens * weight_packed.numel()),
         )
     )  # fmt: skip

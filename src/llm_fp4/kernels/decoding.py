@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from llm_fp4.kernels.compiled import selected
-from llm_fp4.numerics import FloatFormat
-from llm_fp4.plan import InputSpec
+from llm_fp4.kernels.cpu_blocks import covered_blocks
+from llm_fp4.numerics import FloatFormat, PerBlock, QuantizedTensor, scale_bytes
+from llm_fp4.plan import LIMB, InputSpec
 
 
 class Norm(Structure):
@@ -24,7 +25,7 @@ class Norm(Structure):
 class Operand(Structure):
     _fields_ = [
         ("codes", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("out", c_int64), ("exponent_bits", c_int64),
-        ("mantissa_bits", c_int64),
+        ("mantissa_bits", c_int64), ("block_scales", c_void_p), ("block_size", c_int64), ("e8m0", c_int64), ("second", c_void_p),
     ]  # fmt: skip
 
 
@@ -33,7 +34,7 @@ class Site(Structure):
         ("columns", c_int64), ("scale", c_void_p), ("shift", c_void_p), ("smooth", c_void_p), ("exponent_bits", c_int64),
         ("mantissa_bits", c_int64), ("signed", c_int64), ("max_shift", c_int64), ("per_token", c_int64), ("hadamard", c_int64),
         ("count", c_int64),
-        ("operands", POINTER(Operand)),
+        ("operands", POINTER(Operand)), ("block_size", c_int64), ("e8m0", c_int64),
     ]  # fmt: skip
 
 
@@ -63,11 +64,15 @@ class Pinned:
         """Return the norm of (in,) ``weight``; None for no norm."""
         return Norm(self.address(weight, torch.float32), self.address(bias, torch.float32), eps, int(centered))
 
-    def operand(self, packed: Tensor, scale: Tensor, bias: Tensor | None, fmt: FloatFormat) -> Operand:
-        """Return one packed weight of (out, in)."""
-        codes = self.address(packed, torch.uint8)
-        scales, biases = self.address(scale, torch.float32), self.address(bias, torch.float32)
-        return Operand(codes, scales, biases, len(packed), fmt.exponent_bits, fmt.mantissa_bits)
+    def operand(self, weight: QuantizedTensor, bias: Tensor | None) -> Operand:
+        """Return one packed weight of (out, in) with a scale for each row, or one for each block of a kind that ``covers`` names."""
+        codes, biases = self.address(weight.packed, torch.uint8), self.address(bias, torch.float32)
+        f, blocks = weight.format, weight.granularity
+        numbers = (biases, len(weight.packed), f.exponent_bits, f.mantissa_bits)
+        if not isinstance(blocks, PerBlock):
+            return Operand(codes, self.address(weight.scale, torch.float32), *numbers)
+        stored, second = self.address(scale_bytes(weight.scale), torch.uint8), self.address(weight.second_scale, torch.float32)
+        return Operand(codes, None, *numbers, stored, blocks.block_size, int(blocks.scale_dtype == "e8m0"), second)
 
     def site(
         self, columns: int, spec: InputSpec | None, scale: Tensor | None, shift: Tensor | None, smooth: Tensor | None,
@@ -82,7 +87,8 @@ class Pinned:
         return Site(
             columns, self.address(scale, torch.float32), self.address(shift, torch.uint8), self.address(smooth, torch.float32),
             f.exponent_bits, f.mantissa_bits, int(f.signed), spec.max_shift, int(spec.granularity == "per_token"),
-            int(spec.transform == "hadamard"), len(operands), array,
+            int(spec.transform == "hadamard"), len(operands), array, spec.blocks.block_size if spec.blocks else 0,
+            int(spec.blocks is not None and spec.blocks.scale_dtype == "e8m0"),
         )  # fmt: skip
 
 
@@ -101,6 +107,16 @@ def _check(status: int) -> None:
 def available() -> bool:
     """Return whether compiled kernels run."""
     return selected() is not None
+
+
+def covers_blocks(fmt: FloatFormat, weight: PerBlock | None, spec: InputSpec | None) -> bool:
+    """Return whether the kernels multiply weights with such block scales by inputs of ``spec``, float ones where it is None."""
+    if weight is None or not covered_blocks(weight.block_size, weight.scale_dtype) or fmt.bits != 4:
+        return False
+    source = None if spec is None else spec.blocks
+    if spec is None:
+        return True
+    return source is not None and covered_blocks(source.block_size, source.scale_dtype) and spec.format.max_level <= LIMB
 
 
 def run_blocks(blocks: ctypes.Array[Block], hidden: Tensor, cosine: Tensor, sine: Tensor, position: int) -> None:

@@ -28,3 +28,11 @@ def fake_quantize_input(x: Tensor, spec: InputSpec, scale: Tensor, shift: Tensor
     step = token_scale(x, scale, shift, smooth, spec.format.max_level) if spec.granularity == "per_token" else scale
     level = round_to_level(x * _multiplier(step, shift, smooth), spec.format)
     return level.mul_(step if shift is None else step * torch.exp2(-shift.float()))
+
+
+def beyond(x: Tensor, spec: InputSpec, scale: Tensor, shift: Tensor | None, smooth: Tensor | None) -> Tensor:
+    """Return (tokens, in) bool: the values of ``x`` beyond the largest that its static scale reaches; they are clipped.
+
+    Args: as :func:`fake_quantize_input`'s, of a spec with one static scale.
+    """
+    return (x.float() * _multiplier(scale, shift, smooth)).abs() > float(spec.format.max_level)

@@ -1,5 +1,6 @@
 """Opening float models, finding what can be quantized in them, and running them block by block."""
 
+from llm_fp4.models.caches import continued, kept_whole
 from llm_fp4.models.runner import Batch, BlockRunner
 from llm_fp4.models.sizes import check_sizes
 from llm_fp4.models.skeleton import FloatModel, open_model, open_processor, open_tokenizer
@@ -8,6 +9,6 @@ from llm_fp4.models.structure import Structure, embedding_multiplier, find_stack
 
 __all__ = [
     "Batch", "BlockRunner", "FloatModel", "InMemory", "LazyFiles", "Structure", "WeightSource",
-    "check_sizes", "embedding_multiplier", "find_stacks", "find_structure", "open_model", "open_processor", "open_tokenizer", "set_module",
-    "weight_shapes",
+    "check_sizes", "continued", "embedding_multiplier", "find_stacks", "find_structure", "kept_whole",
+    "open_model", "open_processor", "open_tokenizer", "set_module", "weight_shapes",
 ]  # fmt: skip

@@ -1,12 +1,13 @@
 """Quantized layers, and their exchange for float ones by name."""
 
 from llm_fp4.nn.attention import CHILD, AttentionProducts, attend, watching
+from llm_fp4.nn.cache import CACHE, CACHE_STEP, CacheCodes
 from llm_fp4.nn.embedding import QuantEmbedding
 from llm_fp4.nn.linear import PackedModule, QuantLinear
 from llm_fp4.nn.linears import is_linear, is_transposed, linear_shape, linear_weight
 from llm_fp4.nn.replace import borrow_weight, replace_module, share_inputs, share_weight
 
 __all__ = [
-    "CHILD", "AttentionProducts", "PackedModule", "QuantEmbedding", "QuantLinear", "attend", "borrow_weight", "is_linear", "is_transposed", "linear_shape",
-    "linear_weight", "replace_module", "share_inputs", "share_weight", "watching",
+    "CACHE", "CACHE_STEP", "CHILD", "AttentionProducts", "CacheCodes", "PackedModule", "QuantEmbedding", "QuantLinear", "attend", "borrow_weight",
+    "is_linear", "is_transposed", "linear_shape", "linear_weight", "replace_module", "share_inputs", "share_weight", "watching",
 ]  # fmt: skip

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.kernels import block_linear, float_linear, hadamard, int_linear, integer_product, quantize_input, quantized_linear
+from llm_fp4.kernels import (
+    block_linear,
+    float_linear,
+    hadamard,
+    int_linear,
+    integer_product,
+    kronecker,
+    quantize_input,
+    quantized_block_linear,
+    quantized_linear,
+)
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.nn.shared import InputSite
 from llm_fp4.numerics import FloatFormat, PerBlock, PerRow, QuantizedTensor, packed_width, scale_bytes
@@ -23,7 +33,7 @@ class PackedModule(nn.Module):
     ``weight_scale`` is (rows,) float32, or the stored scales of blocks, E4M3 ones with ``weight_global_scale`` () over them.
     """
 
-    kept = ("weight_scale", "weight_global_scale", "input_scale", "input_smooth")
+    kept = ("weight_scale", "weight_global_scale", "input_scale", "input_smooth", "input_left", "input_right")
     weight_packed: Tensor
     weight_scale: Tensor
     weight_global_scale: Tensor | None
@@ -66,7 +76,8 @@ class QuantLinear(PackedModule):
 
     The input is rounded to levels (with the channel shift) and multiplied as integers where int8 limbs and int32
     sums hold the product exactly: every pair of 4-bit formats, the integer grids (E1Mm) of any width, E2M3 and E3M2
-    inputs among the 6-bit formats. Other pairs (E4M3, E5M2, ...) and block scales multiply the decoded values in float32.
+    inputs among the 6-bit formats. Under block scales on both sides integers are summed within a block, and blocks in float32.
+    Other pairs (E4M3, E5M2, ...) multiply the decoded values in float32.
     Without an input spec the input stays as it is (weight-only).
     """
 
@@ -74,6 +85,8 @@ class QuantLinear(PackedModule):
     input_scale: Tensor
     input_shift: Tensor | None
     input_smooth: Tensor | None
+    input_left: Tensor | None
+    input_right: Tensor | None
     site: InputSite | None = None  # shared with the linears that read the same input
 
     def __init__(
@@ -89,6 +102,8 @@ class QuantLinear(PackedModule):
         smooth = torch.ones(in_features, dtype=torch.float32, device=device) if spec and spec.smooth else None
         self.register_buffer("input_shift", shift)
         self.register_buffer("input_smooth", smooth)
+        for name, size in zip(("input_left", "input_right"), (spec and spec.factors) or (0, 0), strict=True):
+            self.register_buffer(name, torch.eye(size, dtype=torch.float32, device=device) if size else None)
 
     @classmethod
     def from_plan(cls, weight: QuantizedTensor, plan: InputPlan | None, bias: Tensor | None) -> QuantLinear:
@@ -105,6 +120,8 @@ class QuantLinear(PackedModule):
             layer.input_scale = plan.scale.clone()
             layer.input_shift = None if plan.shift is None else plan.shift.clone()
             layer.input_smooth = None if plan.smooth is None else plan.smooth.clone()
+            layer.input_left = None if plan.left is None else plan.left.clone()
+            layer.input_right = None if plan.right is None else plan.right.clone()
         return layer
 
     @property
@@ -120,16 +137,23 @@ class QuantLinear(PackedModule):
         bias = None if self.bias is None else self.bias.float()
         if spec is not None and self.exact:
             out = self._integer_product(x, rows, spec, bias)
+        elif spec is not None and spec.blocks and self.blocks:
+            f, i, w = spec.format, spec.blocks, self.blocks
+            out = quantized_block_linear(
+                self._transformed(rows, spec), self.input_scale, i.block_size, i.scale_dtype, f.exponent_bits, f.mantissa_bits,
+                self.weight_packed, scale_bytes(self.weight_scale), self.weight_global_scale, bias, w.block_size, w.scale_dtype,
+                fmt.exponent_bits, fmt.mantissa_bits,
+            )  # fmt: skip
         else:
             if spec is not None:
                 rows = fake_quantize_input(
                     self._transformed(rows, spec), spec, self.input_scale, self.input_shift, self.input_smooth
                 )
             if self.blocks is None:
-                out = float_linear(rows.float(), *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
+                out = float_linear(rows, *weight, bias, fmt.exponent_bits, fmt.mantissa_bits)
             else:
                 out = block_linear(
-                    rows.float(), self.weight_packed, scale_bytes(self.weight_scale), self.weight_global_scale, bias,
+                    rows, self.weight_packed, scale_bytes(self.weight_scale), self.weight_global_scale, bias,
                     self.blocks.block_size, self.blocks.scale_dtype, fmt.exponent_bits, fmt.mantissa_bits,
                 )  # fmt: skip
         result: Tensor = out.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -138,6 +162,8 @@ class QuantLinear(PackedModule):
     def _transformed(self, rows: Tensor, spec: InputSpec) -> Tensor:
         if spec.transform is None:
             return rows
+        if self.input_left is not None and self.input_right is not None:
+            return kronecker(rows, self.input_left, self.input_right)
         mixed: Tensor = hadamard(rows)
         return mixed
 

@@ -80,6 +80,6 @@ def share_inputs(model: nn.Module) -> None:
 
 
 def _alike(a: QuantLinear, b: QuantLinear) -> bool:
-    names = ("input_scale", "input_shift", "input_smooth")
+    names = ("input_scale", "input_shift", "input_smooth", "input_left", "input_right")
     pairs = [(getattr(a, n), getattr(b, n)) for n in names]
     return a.spec == b.spec and all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)

@@ -6,7 +6,6 @@ stacks belong to the unit of the first block after them.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,23 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_fp4 import ranks
 from llm_fp4.calibration import inputs_of, shared_inputs
 from llm_fp4.checkpoint import STORED, RunStore
 from llm_fp4.errors import UnsupportedError
-from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, set_module, weight_shapes
+from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embedding_multiplier, kept_whole, set_module, weight_shapes
 from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.attention import AttentionSites
 from llm_fp4.pipeline.budget import spend
+from llm_fp4.pipeline.caches import decide_caches, place_caches
 from llm_fp4.pipeline.embeddings import lookups, quantize_embedding, selected_embeddings, stored_table
+from llm_fp4.pipeline.learning import learn_transforms
+from llm_fp4.pipeline.memory import settle
 from llm_fp4.pipeline.rotating import rotated
 from llm_fp4.pipeline.sampling import token_mask
 from llm_fp4.pipeline.sites import Decided, Linears, decide_site, quantized_layers, selected_linears, split_sites, stored_layer
 from llm_fp4.pipeline.tied import Runs, float_head_gram, parts, shared_heads
-from llm_fp4.plan import ATTENTION_INPUTS, FixedWeight, WeightPlan
+from llm_fp4.plan import ATTENTION_INPUTS, CACHE_TENSORS, FixedWeight, WeightPlan
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe
+from llm_fp4.transforms import InputTransform
 
-PACKED = (*STORED, *(f"{n}_scale" for n in ATTENTION_INPUTS))  # stored as they are
+PACKED = (*STORED, *(f"{n}_scale" for n in ATTENTION_INPUTS), *CACHE_TENSORS)  # stored as they are
 
 
 @dataclass
@@ -75,7 +79,7 @@ class Job:
                 self._block(unit)
             else:
                 self._tail(unit)
-            gc.collect()  # modules and hooks refer to each other: a block's weights would wait for some later collection
+            settle()
             self.progress("quantize", unit + 1, units)
         for name, module in self.later.items():
             set_module(self.model, name, module)
@@ -135,12 +139,20 @@ class Job:
             self._save_outputs(name)
         attention = AttentionSites(self.model.get_submodule(name), name, self.recipe, selected, run, len(self.batches))
         decided = []
-        for group in split_sites(shared_inputs(selected, lambda: run(0)), selected, self.recipe):
+        groups = split_sites(shared_inputs(selected, lambda: run(0)), selected, self.recipe)
+        learned = self.recipe.transforms.learned
+        maps = learn_transforms(self.runner, name, groups, selected, self.recipe, self._mask) if learned else {}
+        for group in groups:
             attention.decide(group[0], plans, self.sequential)
-            decided.append(self._decide(group, selected, run, plans))
+            decided.append(self._decide(group, selected, run, plans, transform=maps.get(group[0])))
             if self.sequential:  # otherwise every site of the block reads what it reads in the float model
                 self._replace(decided.pop())
         attention.decide(None, plans, self.sequential)
+        caches, made = decide_caches(
+            self.model.get_submodule(name), name, self.recipe, run, len(self.batches), kept_whole(self.model)
+        )
+        plans |= {"cache": caches} if caches else {}
+        place_caches(made)
         for site in decided:
             self._replace(site)
         attention.place()
@@ -148,8 +160,9 @@ class Job:
             self._save_outputs(name)
 
     def _save_outputs(self, name: str) -> None:
-        for i in range(len(self.batches)):
+        for i in ranks.mine(len(self.batches)):
             self.store.outputs.save(name, i, self.runner.run(name, i))
+        ranks.wait()
 
     def _bridge(self, name: str, plans: dict[str, Any]) -> Linears:
         """Quantize the linears outside the blocks that run before the block ``name``; return the quantized ones."""
@@ -228,11 +241,14 @@ class Job:
         return selected_linears(self.model, [n for n in names if n not in self.later], self.recipe, head)
 
     def _decide(
-        self, group: list[str], selected: Linears, run: Callable[[int], object], plans: dict[str, Any], head: bool = False
-    ) -> Decided:
+        self, group: list[str], selected: Linears, run: Callable[[int], object], plans: dict[str, Any], head: bool = False,
+        transform: InputTransform | None = None,
+    ) -> Decided:  # fmt: skip
         shared = {n: self.shared_head[n] for n in group if head and n in self.shared_head}
         fixed = {n: self._stored_embedding(n, embedding) for n, embedding in shared.items()}
-        decided = decide_site(group, selected, self._runs(run), self.recipe, fixed, plans, self.store.scratch, self.device, head)
+        decided = decide_site(
+            group, selected, self._runs(run), self.recipe, fixed, plans, self.store.scratch, self.device, head, transform
+        )
         for n, embedding in shared.items():
             plans["weights"][n]["tied_to"] = embedding
         return decided
@@ -249,7 +265,10 @@ class Job:
 
     def _runs(self, run: Callable[[int], object]) -> Runs:
         """Return ``run`` of every batch, with the batch's mask."""
-        return [(partial(run, i), token_mask(batch, self.runner)) for i, batch in enumerate(self.batches)]
+        return [(partial(run, i), self._mask(i)) for i in range(len(self.batches))]
+
+    def _mask(self, i: int) -> Tensor | None:
+        return token_mask(self.batches[i], self.runner)
 
     def _float_head_gram(self, head: str) -> Tensor:
         return float_head_gram(

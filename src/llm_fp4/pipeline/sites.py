@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from llm_fp4.calibration import collect
 from llm_fp4.checkpoint import site_spec
 from llm_fp4.errors import RecipeError, UnsupportedError
-from llm_fp4.kernels import hadamard
 from llm_fp4.nn import QuantLinear, linear_weight
 from llm_fp4.numerics import PerBlock, parse, parse_granularity, quantize_tensor, require_finite
 from llm_fp4.pipeline.tied import Runs
@@ -21,6 +20,7 @@ from llm_fp4.plan import FixedWeight, SiteResult
 from llm_fp4.recipe import Recipe
 from llm_fp4.search import search_site
 from llm_fp4.statistics import SiteStatistics
+from llm_fp4.transforms import HadamardTransform, InputTransform
 
 Linears = dict[str, nn.Module]
 
@@ -70,27 +70,28 @@ class Decided:
 
 def decide_site(
     group: list[str], selected: Linears, runs: Runs, recipe: Recipe, fixed: dict[str, FixedWeight], plans: dict[str, Any],
-    folder: Path, device: torch.device, head: bool = False,
+    folder: Path, device: torch.device, head: bool = False, transform: InputTransform | None = None,
 ) -> Decided:  # fmt: skip
     """Return the decision of one site, after its inputs were collected; ``plans`` gains its JSON.
 
     Args:
-        fixed: operands whose weight is decided already. folder: for the rows.
+        fixed: operands whose weight is decided already. folder: for the rows. transform: of the input, as it arrives.
     """
     name = group[0]
     weights = {n: linear_weight(selected[n]).float() for n in group}
     for n, w in weights.items():
         require_finite(w, f"the weight of {n}")
     rules = {n: recipe.rule(n, head=head) for n in group}
-    transform = hadamard if rules[name].transform and rules[name].input_formats else None
+    if transform is None and rules[name].transform and rules[name].input_formats:
+        transform = HadamardTransform()
     if transform is not None:
-        weights = {n: hadamard(w) for n, w in weights.items()}
-    stores = collect({name: selected[name]}, runs, folder, transform)
+        weights = {n: transform.weight(w) for n, w in weights.items()}
+    stores = collect({name: selected[name]}, runs, folder, transform.rows if transform is not None else None)
     statistics = SiteStatistics(name, stores[name], device, recipe.seed ^ zlib.crc32(name.encode()))
     result = search_site(name, weights, statistics, rules, recipe, fixed)
     stores[name].delete()
     if transform is not None and result.input is not None:
-        result.input.spec = replace(result.input.spec, transform="hadamard")
+        transform.tell(result.input)
     plans["weights"] |= {n: {"kind": "linear", **p.to_json()} for n, p in result.weights.items()}
     if result.input is not None:
         plans["inputs"][name] = result.input.to_json()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from llm_fp4 import ranks
 from llm_fp4.calibration import collect
 from llm_fp4.checkpoint import BlockOutputs
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, set_module
@@ -70,16 +71,17 @@ def float_head_gram(
     try:
         while (name := runner.next_block()) is not None:
             source.load(model, name, device)
-            for i in range(len(batches)):
+            for i in ranks.mine(len(batches)):
                 outputs.save(name, i, runner.run(name, i))
             source.release(model, name)
             runner.finish(name)
-            outputs.keep(runner.last_blocks())
+            ranks.wait()
+            ranks.first(lambda: outputs.keep(runner.last_blocks()))
             progress(STAGE, sum(runner.done.values()), len(structure.blocks))
         store = collect({head: stub}, runs(runner.tail), folder)[head]
     finally:
         set_module(model, head, module)
-    outputs.keep(())
+    ranks.first(lambda: outputs.keep(()))
     gram = SiteStatistics(head, store, device, seed).gram
     store.delete()
     return gram

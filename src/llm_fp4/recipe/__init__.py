@@ -8,6 +8,7 @@ from llm_fp4.recipe.sections import (
     FLOAT_BITS,
     AttentionRules,
     Bits,
+    CacheRules,
     Calibration,
     InputRules,
     Override,
@@ -19,6 +20,6 @@ from llm_fp4.recipe.sections import (
 )
 
 __all__ = [
-    "FLOAT_BITS", "PRESETS", "SUMMARIES", "AttentionRules", "Bits", "Budget", "Calibration", "InputRules", "ModuleRule", "Override", "Recipe", "SearchRules",
-    "ShiftRange", "TransformRules", "WeightRules", "dump_recipe", "load_recipe", "matches", "validated",
+    "FLOAT_BITS", "PRESETS", "SUMMARIES", "AttentionRules", "Bits", "Budget", "CacheRules", "Calibration", "InputRules", "ModuleRule", "Override", "Recipe",
+    "SearchRules", "ShiftRange", "TransformRules", "WeightRules", "dump_recipe", "load_recipe", "matches", "validated",
 ]  # fmt: skip

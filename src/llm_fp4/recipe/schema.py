@@ -16,6 +16,7 @@ from llm_fp4.recipe.sections import (
     FLOAT_BITS,
     AttentionRules,
     Bits,
+    CacheRules,
     Calibration,
     InputRules,
     Override,
@@ -68,6 +69,7 @@ class Recipe(Strict):
     weights: WeightRules = WeightRules()
     inputs: InputRules = InputRules()
     attention: AttentionRules = AttentionRules()
+    cache: CacheRules = CacheRules()
     transforms: TransformRules = TransformRules()
     search: SearchRules = SearchRules()
     calibration: Calibration = Calibration()
@@ -101,6 +103,8 @@ class Recipe(Strict):
         """
         weight_bits = self.bits.lm_head if head and self.bits.lm_head is not None else self.bits.weight
         activation_bits, granularity = self.bits.activation, self.inputs.granularity
+        if head and self.bits.lm_head is not None:
+            activation_bits = max(activation_bits, self.bits.lm_head)
         shift, shift_range, transform = self.inputs.shift, self.inputs.shift_range, "none"
         weight_formats, input_formats, weight_granularity = self.weights.formats, self.inputs.formats, self.weights.granularity
         for o in self.overrides:
@@ -130,6 +134,10 @@ class Recipe(Strict):
     def _check_blocks(self, rule: ModuleRule, name: str) -> None:
         if (rule.weight_blocks or rule.input_blocks) and self.method == "smoothquant":
             raise RecipeError(f"{name}: method smoothquant has no block scales; use fpq or minmax")
+        if rule.input_blocks and self.transforms.learned:
+            raise RecipeError(
+                f"{name}: transforms.learned and block scales of inputs are not implemented together; use per_token or leave it out"
+            )
         if rule.transform and self.method == "smoothquant":
             raise RecipeError(
                 f"{name}: method smoothquant and a transform of its input are not implemented together; use fpq or minmax"
@@ -157,7 +165,7 @@ class Recipe(Strict):
             embedding=weight if old.embedding != FLOAT_BITS else FLOAT_BITS,
             weight=weight if old.weight != FLOAT_BITS else FLOAT_BITS,
             activation=activation if old.activation != FLOAT_BITS else FLOAT_BITS,
-            lm_head=head if head in (None, FLOAT_BITS) else weight,
+            lm_head=head if head in (None, FLOAT_BITS) else None if old.weight != FLOAT_BITS else weight,
         )
         return self.model_copy(update={"bits": bits})
 
@@ -185,6 +193,13 @@ class Recipe(Strict):
         given = tuple(parse(f"uint{bits}") if n == "int" else parse(n) for n in names)
         unsigned = tuple(f for f in given if f.bits == bits and not f.signed)
         return signed, unsigned or signed
+
+    def cache_formats(self) -> tuple[FloatFormat, ...]:
+        """Return the candidate formats of cached keys and values; empty where they stay float."""
+        bits, names = self.cache.bits, self.cache.formats
+        if names is None:  # the inputs' are of another width, maybe
+            names = [n for n in self.inputs.formats or [] if n == "int" or parse(n).bits == bits] or None
+        return self._candidates(bits, names, "the cache")
 
     def _candidates(self, bits: int, names: list[str] | None, what: str) -> tuple[FloatFormat, ...]:
         if bits == FLOAT_BITS:

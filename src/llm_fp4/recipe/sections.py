@@ -24,7 +24,10 @@ def _check_bits(value: int | None) -> int | None:
 
 
 class Bits(Strict):
-    """Widths of embedding, weights and activations; 16 leaves a tensor in float. ``lm_head`` is ``weight`` unless set."""
+    """Widths of embedding, weights and activations; 16 leaves a tensor in float.
+
+    ``lm_head`` is the width of the output head's weight, ``weight`` unless set; its input has at least that width too.
+    """
 
     embedding: int = 4
     weight: int = 4
@@ -115,10 +118,15 @@ class InputRules(_BlockRules):
 class TransformRules(Strict):
     """``rotation``: a random orthogonal map of the residual stream and of each head's values, merged into the weights (models
     like LLaMA). ``online``: with it, a Hadamard transform of inputs that no merged rotation reaches (down_proj), as they arrive.
+    ``learned``: instead, a linear map of every quantized input, computed as it arrives, learned block by block with the error of the
+    block's output, in ``epochs`` passes over the calibration data with steps of ``learning_rate`` (any model).
     """
 
     rotation: Literal["none", "hadamard"] = "none"
     online: bool = False
+    learned: bool = False
+    epochs: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=0.01, gt=0, le=1)
 
 
 class AttentionRules(Strict):
@@ -131,6 +139,22 @@ class AttentionRules(Strict):
     formats: list[str] | None = None
     unsigned: bool = True
     granularity: Literal["per_tensor", "per_head"] = "per_tensor"
+
+    _bits = field_validator("bits")(_check_bits)
+    _formats = field_validator("formats")(_check_formats)
+
+
+class CacheRules(Strict):
+    """How the keys and values that a decoder keeps while it writes are held; 16 bits keep them in float.
+
+    Keys have one static scale a head and channel, values a scale a token and head. ``formats``: candidates; None: those of the
+    inputs, or all. ``window``: the newest tokens that stay in float. ``sinks``: the first tokens that do.
+    """
+
+    bits: int = FLOAT_BITS
+    formats: list[str] | None = None
+    window: int = Field(default=64, ge=0)
+    sinks: int = Field(default=4, ge=0)
 
     _bits = field_validator("bits")(_check_bits)
     _formats = field_validator("formats")(_check_formats)

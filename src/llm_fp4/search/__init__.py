@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llm_fp4.plan import FixedWeight, SiteResult
+from llm_fp4.kernels.simulate import beyond
+from llm_fp4.plan import FixedWeight, InputPlan, SiteResult
 from llm_fp4.recipe import ModuleRule, Recipe
 from llm_fp4.search.allocation import Chosen, Part, allocate, solver, spent
 from llm_fp4.search.blocks import search_blocks
+from llm_fp4.search.cache import search_cache
 from llm_fp4.search.compensation import compensate_site
 from llm_fp4.search.descent import descend
 from llm_fp4.search.embedding import embedding_plan
 from llm_fp4.search.minmax import minmax
 from llm_fp4.search.products import ProductSample, search_product
 from llm_fp4.search.quick import quick_input, quick_table, quick_weight
-from llm_fp4.search.sinks import scale_per_token
+from llm_fp4.search.sinks import scale_per_token, sink_ratio
 from llm_fp4.statistics import SiteStatistics
 
 __all__ = [
-    "Chosen", "Part", "ProductSample", "allocate", "embedding_plan", "quick_input", "quick_table", "quick_weight", "search_product", "search_site",
-    "solver", "spent",
+    "Chosen", "Part", "ProductSample", "allocate", "embedding_plan", "quick_input", "quick_table", "quick_weight", "search_cache", "search_product",
+    "search_site", "sink_ratio", "solver", "spent",
 ]  # fmt: skip
 
 
@@ -53,4 +55,14 @@ def search_site(
     result.rounded |= {n: f.values for n, f in (fixed or {}).items()}
     if result.input is not None:
         result.input.sink_ratio, result.input.reason = ratio, reason
+        result.input.clipped = _clipped(result.input, statistics, recipe.search.sample_tokens)
     return result
+
+
+def _clipped(plan: InputPlan, statistics: SiteStatistics, count: int) -> float | None:
+    """Return the share of a sample's values that a static scale clips; None for scales made as the input arrives."""
+    if plan.spec.granularity != "per_tensor":
+        return None
+    rows, weight = statistics.sample(count)
+    wide = beyond(rows, plan.spec, plan.scale, plan.shift, plan.smooth).float().mean(1)
+    return float((wide * weight).sum() / weight.sum())

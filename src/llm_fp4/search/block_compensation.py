@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 from llm_fp4.numerics import FloatFormat, PerBlock, block_step, max_scale, neighbour
 from llm_fp4.recipe import SearchRules
 from llm_fp4.search.block_scales import search_scales
-from llm_fp4.search.compensation import compensate, damped, joint_target
+from llm_fp4.search.compensation import compensate
+from llm_fp4.search.factor import Factor, damped
 from llm_fp4.search.refine import sweep_levels
 from llm_fp4.search.weights import weight_loss
 from llm_fp4.statistics import Gram
@@ -44,7 +45,9 @@ def compensate_blocks(weight: Tensor, gram: Gram, grid: BlockGrid, search: Searc
     Each row keeps the best of ``search.starts`` first scales: searched for each block, from the largest magnitude, searched
     for all blocks of a row jointly.
     """
-    target, hessian = joint_target(weight, gram, search.damping), damped(gram.qq, search.damping)
+    hessian = damped(gram.qq, search.damping)
+    factor = Factor(hessian)
+    target, feedback = factor.target(weight, gram), factor.feedback()
     exact = Gram(hessian, None, None)
     parts = []
     for start in range(0, max(len(weight), 1), _ROWS):
@@ -55,7 +58,7 @@ def compensate_blocks(weight: Tensor, gram: Gram, grid: BlockGrid, search: Searc
             stored = top
             if kind != "maximum":
                 stored = search_scales(goal, exact, grid.format, grid.blocks, top, grid.second, joint=kind == "joint")
-            values = compensate(goal, hessian, grid.step(stored, goal.shape[1]), grid.format)
+            values = compensate(goal.t().contiguous(), feedback, grid.step(stored, goal.shape[1]).t().contiguous(), grid.format).t()
             values, stored = refine_blocks(goal, values, stored, hessian, grid, search.sweeps)
             loss = weight_loss(goal, values, hessian, None)
             if best is not None:

@@ -15,7 +15,7 @@ from llm_fp4.recipe import ModuleRule, Recipe
 from llm_fp4.search.block_compensation import BlockGrid, compensate_blocks
 from llm_fp4.search.block_scales import search_scales
 from llm_fp4.search.inputs import InputChoice, OutputError
-from llm_fp4.search.weights import output_loss
+from llm_fp4.search.weights import output_energy, output_loss
 from llm_fp4.statistics import SiteStatistics
 
 _OCTAVES = 8  # of candidates below the scale of an input's largest magnitude
@@ -46,7 +46,7 @@ def search_blocks(
 
     result, loss, energy = SiteResult(None, {}), 0.0, 0.0
     for n, w in weights.items():
-        own = max(float(((w @ statistics.gram) * w).double().sum()), 1e-30)
+        own = max(output_energy(w, statistics.gram), 1e-30)
         best: tuple[float, WeightPlan] | None = None
         for fmt in rules[n].weight_formats if search else rules[n].weight_formats[:1]:
             scale = neighbour(max_scale(blocks.absmax(w), second, fmt, blocks), 0, blocks)
@@ -74,15 +74,14 @@ def choose_block_input(
     """Return the format of an input with block scales, and the scale over them that harms the float outputs least."""
     blocks = rule.input_blocks
     assert blocks is not None
-    stacked = torch.cat(list(weights.values()))
-    error = OutputError(*statistics.sample(sample_tokens), stacked, stacked)
+    error = OutputError(*statistics.sample(sample_tokens), list(weights.values()))
     best: InputChoice | None = None
     for fmt in rule.input_formats if search else rule.input_formats[:1]:
         spec, top = InputSpec(fmt, blocks.name), statistics.channel_absmax.amax()
         first = second_scale(top, fmt) if blocks.two_level else torch.ones_like(top)
         for octave in range(_OCTAVES if search and blocks.two_level else 1):
             choice = InputChoice(spec, first * 2.0**-octave, None, float("inf"))
-            choice.loss = float(error(choice.quantize(error.rows)))
+            choice.loss = float(error(choice.quantize))
             best = choice if best is None or choice.loss < best.loss else best
     assert best is not None
     return best

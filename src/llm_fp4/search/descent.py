@@ -6,6 +6,8 @@ matrices (weights) and a token sample (inputs) instead of a forward pass for eve
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from llm_fp4.plan import FixedWeight, InputPlan, InputSpec, SiteResult, WeightPl
 from llm_fp4.recipe import ModuleRule, SearchRules
 from llm_fp4.search.grids import Grid, Log2Grid, PaperGrid
 from llm_fp4.search.inputs import InputChoice, OutputError, choose_input, maximum_choices
-from llm_fp4.search.weights import WeightChoice, choose_weight, weight_loss
+from llm_fp4.search.weights import WeightChoice, choose_weight, few_tokens, site_energy, site_losses
 from llm_fp4.statistics import Gram, SiteStatistics
 
 
@@ -38,39 +40,42 @@ def descend(
     weight_grid, input_grid = grids(search)
     rule = next(iter(rules.values()))
     fixed = fixed or {}
-    energy = {n: float(((w @ statistics.gram) * w).double().sum()) for n, w in weights.items()}
+    energy = {n: site_energy(w, statistics) for n, w in weights.items()}
     total = max(sum(energy.values()), 1e-30)
 
+    few = few_tokens(statistics)
     choice: InputChoice | None = None
     starts = maximum_choices(statistics.channel_absmax, rule, per_token=per_token)
     if starts:
-        rows, row_weight = statistics.sample(search.sample_tokens)
-        stacked = torch.cat(list(weights.values()))
         # before any weight is rounded the best input format is the one that hurts the float outputs least
-        exact = OutputError(rows, row_weight, stacked, stacked)
-        choice, _ = choose_input(exact, starts, _fixed_scale())
+        error = OutputError(*statistics.sample(search.sample_tokens), list(weights.values()))
+        choice, _ = choose_input(error, starts, _fixed_scale())
     best: tuple[float, InputChoice | None, dict[str, WeightChoice], dict[str, float]] | None = None
     chosen: dict[str, WeightChoice] = {}
     weight_scales: dict[str, dict[FloatFormat, Tensor]] = {}
     input_scales: dict[InputSpec, Tensor] | None = None
+    gram: Gram | None = None
     for _round in range(search.rounds if starts else 1):
+        del gram  # before there is the next: at wide sites these matrices are what memory goes into
         gram = statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
         if best is not None:  # the last round's input, confirmed on all tokens with the weights it was chosen for
-            best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
+            best = _better(best, (*_score(statistics, choice, None if few else gram, weights, chosen), choice, chosen))
         chosen = {}
         for n, w in weights.items():
             if n in fixed:
                 chosen[n] = _Fixed(fixed[n])
             else:
                 chosen[n], weight_scales[n] = choose_weight(w, gram, rules[n].weight_formats, weight_grid, weight_scales.get(n))
-        best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
+        best = _better(best, (*_score(statistics, choice, None if few else gram, weights, chosen), choice, chosen))
         if starts:
-            rounded = torch.cat([chosen[n].values(w) for n, w in weights.items()])
-            choice, input_scales = choose_input(OutputError(rows, row_weight, stacked, rounded), starts, input_grid, input_scales)
+            rounded = error.under([chosen[n].values(w) for n, w in weights.items()])
+            choice, input_scales = choose_input(rounded, starts, input_grid, input_scales)
+            del rounded
     assert best is not None
     if starts:
-        gram = statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
-        best = _better(best, (*_score(gram, weights, chosen), choice, chosen))
+        del gram
+        gram = None if few else statistics.quantized_gram(choice.quantize if choice else None, choice.unit if choice else None)
+        best = _better(best, (*_score(statistics, choice, gram, weights, chosen), choice, chosen))
     loss, choice, chosen, losses = best
     plans = {
         n: fixed[n].plan if n in fixed else WeightPlan(n, c.format, c.scale, losses[n] / max(energy[n], 1e-30))
@@ -90,16 +95,17 @@ def _better(old: _Scored | None, new: tuple[float, dict[str, float], InputChoice
     return (loss, choice, chosen, losses) if old is None or loss < old[0] else old
 
 
-def _score(gram: Gram, weights: dict[str, Tensor], chosen: dict[str, WeightChoice]) -> tuple[float, dict[str, float]]:
+def _score(
+    statistics: SiteStatistics,
+    choice: InputChoice | None,
+    gram: Gram | None,
+    weights: dict[str, Tensor],
+    chosen: dict[str, WeightChoice],
+) -> tuple[float, dict[str, float]]:
     """Return the squared output error over all calibration tokens, in sum and for each operand."""
-    losses = {}
-    for n, w in weights.items():
-        rounded = chosen[n].values(w)
-        crossed = None if gram.eq is None else w @ gram.eq
-        loss = weight_loss(w, rounded, gram.qq, crossed).double().sum()
-        if gram.ee is not None:
-            loss = loss + ((w @ gram.ee) * w).double().sum()
-        losses[n] = max(float(loss), 0.0)
+    losses = {
+        n: max(float(site_losses(w, partial(chosen[n].values, w), statistics, choice, gram).sum()), 0.0) for n, w in weights.items()
+    }
     return sum(losses.values()), losses
 
 
@@ -110,8 +116,8 @@ class _Fixed(WeightChoice):
         super().__init__(fixed.plan.format, fixed.plan.scale, torch.zeros(()))
         self._values = fixed.values
 
-    def values(self, weight: Tensor) -> Tensor:
-        return self._values
+    def values(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        return self._values[rows]
 
 
 def _fixed_scale() -> Grid:

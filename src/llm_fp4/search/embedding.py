@@ -12,7 +12,7 @@ from llm_fp4.plan import WeightPlan
 from llm_fp4.recipe import SearchRules
 from llm_fp4.search.compensation import compensated
 from llm_fp4.search.descent import grids
-from llm_fp4.search.weights import choose_weight
+from llm_fp4.search.weights import choose_weight, output_energy
 from llm_fp4.statistics import Gram
 
 
@@ -29,18 +29,20 @@ def embedding_plan(
     if search is None:
         scale = scale_of_max(weight.abs().amax(1), formats[0])
         return WeightPlan(name, formats[0], scale), fake_quantize(weight, scale.unsqueeze(1), formats[0])
-    energy = weight.double().square().sum()
-    if head_gram is None:
-        # the row error is the output error under an identity Gram matrix
-        gram, penalty = Gram(torch.eye(weight.shape[1], device=weight.device), None, None), 0.0
-    else:
-        output_energy = ((weight @ head_gram) * weight).double().sum()
-        gram, penalty = Gram(head_gram, None, None), float(output_energy / energy.clamp_min(1e-30))
+    energy = _squared(weight)
+    gram: Gram | None = None
+    penalty = 0.0
+    if head_gram is not None:
+        gram, penalty = Gram(head_gram, None, None), output_energy(weight, head_gram) / energy
     choice, _ = choose_weight(weight, gram, formats, grids(search)[0], row_penalty=penalty)
     rounded = fake_quantize(weight, choice.scale.unsqueeze(1), choice.format)
     if head_gram is not None and search.compensation == "gptq":
         joint = head_gram + penalty * torch.eye(len(head_gram), device=head_gram.device)
         joint_gram = Gram(joint, None, None)
         rounded, choice.scale = compensated(weight, joint_gram, choice.scale, choice.format, search)
-    error = float((weight - rounded).double().square().sum() / energy.clamp_min(1e-30))
-    return WeightPlan(name, choice.format, choice.scale, error), rounded
+    return WeightPlan(name, choice.format, choice.scale, _squared(weight - rounded) / energy), rounded
+
+
+def _squared(x: Tensor) -> float:
+    """Return the sum of squares of (rows, in) ``x``, at least 1e-30, without a copy of its size."""
+    return max(float(x.norm(dim=1).double().square().sum()), 1e-30)

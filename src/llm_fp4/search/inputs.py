@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from llm_fp4 import ranks
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.numerics import FloatFormat, scale_of_max
 from llm_fp4.plan import InputSpec
@@ -16,6 +18,8 @@ from llm_fp4.recipe import ModuleRule
 from llm_fp4.search.grids import Grid, Loss, search_formats
 from llm_fp4.search.ranking import as_operand, rank_product
 from llm_fp4.search.shift import channel_shift, shift_limits
+
+_TOKENS = 2048  # rows at once
 
 
 class OutputError:
@@ -25,25 +29,57 @@ class OutputError:
     it is scored by (in, in) forms, so a vocabulary-sized operand costs no more than a square one.
     """
 
-    def __init__(self, rows: Tensor, row_weight: Tensor, weight: Tensor, quantized: Tensor) -> None:
-        """Args: rows (s, in), row_weight (s,), weight and quantized (out, in) of all operands stacked."""
-        self.rows, self._row_weight = rows, row_weight
-        self._quadratic = weight.shape[0] > 2 * weight.shape[1]
-        d = weight - quantized
-        pairs = [weight.t() @ weight, d.t() @ weight, d.t() @ d] if self._quadratic else [weight.t(), d.t()]
-        self._forms = [as_operand(p.contiguous()) for p in pairs]
+    def __init__(self, rows: Tensor, row_weight: Tensor, weights: list[Tensor]) -> None:
+        """Args: rows (s, in), row_weight (s,), weights (out, in) of every operand; they stay as they are until :meth:`under`."""
+        self._rows, self._row_weight, self._weights = rows, row_weight, weights
+        self._quadratic = sum(map(len, weights)) > 2 * rows.shape[1]
+        self._w = self._square([(w, w) for w in weights]) if self._quadratic else _side_by_side(weights)
+        self._d: tuple[Tensor, ...] = ()
 
-    def __call__(self, quantized_rows: Tensor) -> Tensor:
-        """Return the () float64 error of (s, in) rounded rows."""
-        e = self.rows - quantized_rows
-        if self._quadratic:
-            ww, dw, dd = self._forms
-            cross = rank_product(e, ww).add_(rank_product(quantized_rows, dw), alpha=2.0).mul_(e)
-            per_token = cross.add_(rank_product(quantized_rows, dd).mul_(quantized_rows)).sum(1)
-        else:
-            w, d = self._forms
-            per_token = rank_product(e, w).add_(rank_product(quantized_rows, d)).square_().sum(1)
-        return torch.dot(per_token.double(), self._row_weight.double())
+    def under(self, rounded: list[Tensor]) -> OutputError:
+        """Return the error where the operands are stored as ``rounded``."""
+        d = [w - r for w, r in zip(self._weights, rounded, strict=True)]
+        other = copy(self)
+        pairs = list(zip(d, self._weights, strict=True))
+        other._d = (self._square(pairs), self._square([(x, x) for x in d])) if self._quadratic else (_side_by_side(d),)
+        return other
+
+    def _square(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the (in, in) sum of A'B over the operands, for ranking."""
+        n = self._rows.shape[1]
+        out = self._rows.new_zeros(n, n)
+        for i in ranks.own(n, n):
+            for a, b in pairs:
+                out[i].addmm_(a[:, i].t(), b)
+        return as_operand(ranks.united(out))
+
+    def __call__(self, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the () float64 error with the rows rounded by ``quantize``, a map of (n, in) rows."""
+        lost = self._rows.new_zeros(len(self._rows))
+        for i in ranks.own(len(self._rows), _TOKENS):
+            q = quantize(self._rows[i])
+            e = self._rows[i] - q
+            lost[i] = self._quadratic_form(e, q) if self._quadratic else self._squared_outputs(e, q)
+        return torch.dot(ranks.united(lost).double(), self._row_weight.double())
+
+    def _quadratic_form(self, e: Tensor, q: Tensor) -> Tensor:
+        inner = rank_product(e, self._w)
+        if not self._d:
+            return inner.mul_(e).sum(1)
+        dw, dd = self._d
+        cross = inner.add_(rank_product(q, dw), alpha=2.0).mul_(e)
+        return cross.add_(rank_product(q, dd).mul_(q)).sum(1)
+
+    def _squared_outputs(self, e: Tensor, q: Tensor) -> Tensor:
+        out = rank_product(e, self._w)
+        for d in self._d:
+            out.add_(rank_product(q, d))
+        return out.square_().sum(1)
+
+
+def _side_by_side(weights: list[Tensor]) -> Tensor:
+    """Return the (in, out) transpose of all operands, for ranking."""
+    return torch.cat([as_operand(w).t() for w in weights], 1).contiguous()
 
 
 @dataclass
@@ -91,7 +127,7 @@ def choose_input(
     by_spec = {start.spec: start for start in starts}
 
     def loss(scale: Tensor, start: InputChoice) -> Tensor:
-        return error(fake_quantize_input(error.rows, start.spec, scale, start.shift, None))
+        return error(lambda rows: fake_quantize_input(rows, start.spec, scale, start.shift, None))
 
     losses: dict[InputSpec, Loss] = {spec: partial(loss, start=start) for spec, start in by_spec.items()}
     found = search_formats(losses, {spec: start.scale for spec, start in by_spec.items()}, grid, current)

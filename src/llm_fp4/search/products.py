@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from llm_fp4.plan import ProductPlan
 from llm_fp4.recipe import SearchRules
 from llm_fp4.search.descent import grids
 from llm_fp4.search.grids import Grid, Loss, PaperGrid, search_formats
+
+Rounding = tuple[FloatFormat, Tensor] | None
+"""A format and its scale; None leaves an input in float."""
 
 
 @dataclass
@@ -33,6 +37,29 @@ class ProductSample:
     counts: list[Tensor | None]
 
 
+class ProductError:
+    """The squared error of a product over a sample, () or (heads, 1, 1), as its inputs' rounding varies."""
+
+    def __init__(self, sample: ProductSample, per_head: bool) -> None:
+        self.sample, self.per_head = sample, per_head
+        self._exact = [a @ b for a, b in zip(sample.first, sample.second, strict=True)]
+        self.energy = sum(float(_weigh(e.square(), c).double().sum()) for e, c in zip(self._exact, sample.counts, strict=True))
+
+    def __call__(self, first: Rounding, second: Rounding) -> Tensor:
+        total: Tensor | None = None
+        for a, b, e, c in zip(self.sample.first, self.sample.second, self._exact, self.sample.counts, strict=True):
+            qa = a if first is None else fake_quantize(a, first[1], first[0])
+            qb = b if second is None else fake_quantize(b, second[1], second[0])
+            wrong = _weigh((qa @ qb - e).square_(), c).double().sum((1, 2))
+            total = wrong if total is None else total + wrong
+        assert total is not None
+        return total.view(-1, 1, 1) if self.per_head else total.sum()
+
+    def relative(self, first: Rounding, second: Rounding) -> float:
+        """Return the error over the product's squared norm."""
+        return float(self(first, second).sum()) / max(self.energy, 1e-30)
+
+
 def search_product(
     sample: ProductSample, formats: tuple[Sequence[FloatFormat], Sequence[FloatFormat]], search: SearchRules | None, per_head: bool
 ) -> ProductPlan:
@@ -41,24 +68,12 @@ def search_product(
     Args:
         formats: candidates of either input. search: None takes the first formats and the largest magnitudes.
     """
-    exact = [a @ b for a, b in zip(sample.first, sample.second, strict=True)]
-    energy = sum(float(_weigh(e.square(), c).double().sum()) for e, c in zip(exact, sample.counts, strict=True))
+    error = ProductError(sample, per_head)
     starts = tuple(
         {f: scale_of_max(_absmax(side, per_head), f) for f in candidates}
         for side, candidates in zip((sample.first, sample.second), formats, strict=True)
     )
     chosen = [(fs[0], start[fs[0]]) for fs, start in zip(formats, starts, strict=True)]
-
-    def error(first: tuple[FloatFormat, Tensor] | None, second: tuple[FloatFormat, Tensor] | None, per_head: bool) -> Tensor:
-        total: Tensor | None = None
-        for a, b, e, c in zip(sample.first, sample.second, exact, sample.counts, strict=True):
-            qa = a if first is None else fake_quantize(a, first[1], first[0])
-            qb = b if second is None else fake_quantize(b, second[1], second[0])
-            wrong = _weigh((qa @ qb - e).square_(), c).double().sum((1, 2))
-            total = wrong if total is None else total + wrong
-        assert total is not None
-        return total.view(-1, 1, 1) if per_head else total.sum()
-
     if search is not None:
         _, grid = grids(search)
         current: list[dict[FloatFormat, Tensor] | None] = [None, None]
@@ -66,28 +81,23 @@ def search_product(
         for round_ in range(search.rounds + 1):
             for side in (0, 1):
                 other = None if round_ == 0 else chosen[1 - side]
-                chosen[side], current[side] = _choose(side, other, starts[side], grid, current[side], error, per_head)
-    relative = float(error(chosen[0], chosen[1], False)) / max(energy, 1e-30)
-    return ProductPlan((chosen[0][0], chosen[1][0]), (chosen[0][1].float(), chosen[1][1].float()), relative)
+                chosen[side], current[side] = _choose(side, other, starts[side], grid, current[side], error)
+    scales = (chosen[0][1].float(), chosen[1][1].float())
+    return ProductPlan((chosen[0][0], chosen[1][0]), scales, error.relative(*chosen))
 
 
 def _choose(
-    side: int, other: tuple[FloatFormat, Tensor] | None, starts: dict[FloatFormat, Tensor], grid: Grid,
-    current: dict[FloatFormat, Tensor] | None, error: object, per_head: bool,
+    side: int, other: Rounding, starts: dict[FloatFormat, Tensor], grid: Grid, current: dict[FloatFormat, Tensor] | None,
+    error: ProductError,
 ) -> tuple[tuple[FloatFormat, Tensor], dict[FloatFormat, Tensor]]:  # fmt: skip
     """Return the best format and scale of one side, given the other's, and the scales still in the race."""
-    assert callable(error)
 
-    def loss_of(fmt: FloatFormat) -> Loss:
-        def loss(scale: Tensor) -> Tensor:
-            mine = (fmt, scale)
-            found: Tensor = error(mine, other, per_head) if side == 0 else error(other, mine, per_head)
-            return found
+    def loss(scale: Tensor, fmt: FloatFormat) -> Tensor:
+        return error((fmt, scale), other) if side == 0 else error(other, (fmt, scale))
 
-        return loss
-
+    losses: dict[FloatFormat, Loss] = {f: partial(loss, fmt=f) for f in starts}
     again = None if isinstance(grid, PaperGrid) else current
-    found = search_formats({f: loss_of(f) for f in starts}, starts, grid, again)
+    found = search_formats(losses, starts, grid, again)
     best = min(found, key=lambda f: found[f].total)
     return (best, found[best].scale), {f: b.scale for f, b in found.items()}
 

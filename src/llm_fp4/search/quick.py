@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from llm_fp4.numerics import FloatFormat, PerBlock, fake_quantize, max_scale, neighbour, second_scale
@@ -40,9 +39,8 @@ def quick_weight(weight: Tensor, gram: Gram, rule: ModuleRule, recipe: Recipe) -
 
 def quick_table(weight: Tensor, recipe: Recipe) -> tuple[Tensor, float]:
     """Return (rows, in) ``weight`` of an embedding rounded row by row, and its squared error."""
-    gram = Gram(torch.eye(weight.shape[1], device=weight.device), None, None)
     formats = recipe.embedding_formats() if recipe.method != "minmax" else recipe.embedding_formats()[:1]
-    choice, _ = choose_weight(weight, gram, formats, _grid(recipe, -0.75 if formats[0].bits <= _NARROW else -0.25))
+    choice, _ = choose_weight(weight, None, formats, _grid(recipe, -0.75 if formats[0].bits <= _NARROW else -0.25))
     values = choice.values(weight)
     return values, float((weight - values).double().square().sum())
 
@@ -58,8 +56,7 @@ def quick_input(weights: dict[str, Tensor], statistics: SiteStatistics, rule: Mo
         block = choose_block_input(weights, statistics, rule, _SAMPLE, search=search)
         return block.quantize, block.loss
     per_token, _ = scale_per_token(statistics, rule, recipe)
-    stacked = torch.cat(list(weights.values()))
-    error = OutputError(*statistics.sample(_SAMPLE), stacked, stacked)
+    error = OutputError(*statistics.sample(_SAMPLE), list(weights.values()))
     starts = maximum_choices(statistics.channel_absmax, rule, per_token=per_token)
     starts = starts if recipe.method != "minmax" else starts[:1]
     wide = rule.input_formats[0].bits > _NARROW

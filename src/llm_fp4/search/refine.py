@@ -16,53 +16,72 @@ from llm_fp4.numerics import FloatFormat, fake_quantize
 _BLOCK = 128  # columns between two updates of all columns
 
 
-def fit_scale(target: Tensor, levels: Tensor, hessian: Tensor, scale: Tensor) -> Tensor:
+def everything(goal: Tensor) -> list[slice]:
+    """Return one piece of all columns of ``goal``."""
+    return [slice(0, goal.shape[1])]
+
+
+def fit_scale(target: Tensor, levels: Tensor, hessian: Tensor, scale: Tensor, pieces: list[slice] | None = None) -> Tensor:
     """Return the (out,) scales that minimise ``|(target - scale * levels) X'|^2`` row by row for given levels.
 
     A row keeps its ``scale`` where the best one is not positive (its levels are all zero, say).
 
     Args:
         target, levels: (in, out) float32. hessian: (in, in) X'X. scale: (out,).
+        pieces: see :func:`sweep_levels`.
     """
-    seen = hessian @ levels
-    up, down = (target * seen).sum(0), (levels * seen).sum(0)
+    sums = []
+    for p in pieces or everything(target):
+        own = levels[:, p].contiguous()
+        seen = hessian @ own
+        sums.append(torch.stack(((target[:, p] * seen).sum(0), (own * seen).sum(0))))
+    up, down = torch.cat(sums, 1)
     fitted = up / down.clamp_min(1e-30)
     return torch.where((down > 0) & (fitted > 2.0**-126), fitted, scale)
 
 
-def refine(target: Tensor, values: Tensor, hessian: Tensor, scale: Tensor, fmt: FloatFormat, sweeps: int) -> tuple[Tensor, Tensor]:
-    """Return (out, in) values and (out,) scales whose output error is at most that of ``values``.
+def refine(
+    goal: Tensor, now: Tensor, hessian: Tensor, scale: Tensor, fmt: FloatFormat, sweeps: int, pieces: list[slice] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (in, out) values and (out,) scales whose output error is at most that of ``now``.
 
     Args:
-        target: (out, in) float32, the weight wanted. values: (out, in) on the grid of ``scale`` (out,).
+        goal: (in, out) float32, the weight wanted: a column of the weight is contiguous. now: (in, out) on the grid of ``scale`` (out,).
         hessian: (in, in) X'X of the input, damped as the compensation wants it; its diagonal is positive.
         sweeps: passes over all columns, each followed by a fit of the scales.
+        pieces: see :func:`sweep_levels`.
     """
-    goal, now = target.t().contiguous(), values.t().contiguous()  # (in, out): a column of the weight is contiguous
     for _ in range(sweeps):
         levels = (now / scale).round_()
-        scale = fit_scale(goal, levels, hessian, scale)
-        now = sweep_levels(goal, levels * scale, scale.expand_as(goal), hessian, fmt)
-    return now.t().contiguous(), scale
+        scale = fit_scale(goal, levels, hessian, scale, pieces)
+        now = sweep_levels(goal, levels * scale, scale.expand_as(goal), hessian, fmt, pieces)
+    return now, scale
 
 
-def sweep_levels(goal: Tensor, now: Tensor, step: Tensor, hessian: Tensor, fmt: FloatFormat) -> Tensor:
+def sweep_levels(
+    goal: Tensor, now: Tensor, step: Tensor, hessian: Tensor, fmt: FloatFormat, pieces: list[slice] | None = None
+) -> Tensor:
     """Return ``now`` after every level in turn took its best place given all others; ``now`` is changed in place.
 
     Args:
         goal, now, step: (in, out) float32: the weight wanted, values on the grid, the step of every value.
         hessian: (in, in), its diagonal positive.
+        pieces: of the out rows. Products of matrices are formed piece by piece, as their last bits may depend on their shapes;
+            what goes element by element runs over all at once.
     """
+    pieces = pieces or everything(goal)
     diagonal = hessian.diagonal()
-    slope = hessian @ (goal - now)  # (in, out): minus half the gradient
+    slopes = [hessian @ (goal[:, p] - now[:, p]) for p in pieces]  # (in, piece): minus half the gradient
     for start in range(0, len(goal), _BLOCK):
         stop = min(start + _BLOCK, len(goal))
-        local, before = slope[start:stop].clone(), now[start:stop].clone()
+        local, before = torch.cat([s[start:stop] for s in slopes], 1), now[start:stop].clone()
         within = hessian[start:stop, start:stop]
         for i in range(stop - start):
             j = start + i
             moved = fake_quantize(now[j] + local[i] / diagonal[j], step[j], fmt)
             local.addr_(within[i], moved - now[j], alpha=-1.0)
             now[j] = moved
-        slope.addmm_(hessian[:, start:stop], now[start:stop] - before, alpha=-1.0)
+        before.sub_(now[start:stop])
+        for slope, p in zip(slopes, pieces, strict=True):
+            slope.addmm_(hessian[:, start:stop], before[:, p].contiguous())
     return now

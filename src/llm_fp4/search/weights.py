@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from llm_fp4 import ranks
 from llm_fp4.numerics import FloatFormat, fake_quantize, scale_of_max
 from llm_fp4.search.grids import Grid, Loss, search_formats
 from llm_fp4.search.ranking import as_operand, rank_product
-from llm_fp4.statistics import Gram
+from llm_fp4.statistics import Gram, SiteStatistics
 
 _ROWS = 2048  # rows scored at once: bounds the temporaries of a vocabulary-sized weight
+
+
+class InputRounding(Protocol):
+    """What is decided of an input."""
+
+    def quantize(self, rows: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -25,9 +33,9 @@ class WeightChoice:
     scale: Tensor
     loss: Tensor
 
-    def values(self, weight: Tensor) -> Tensor:
-        """Return (out, in) ``weight`` rounded by this choice."""
-        return fake_quantize(weight, self.scale.unsqueeze(1), self.format)
+    def values(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return (out, in) ``weight``, or some of its rows, rounded by this choice."""
+        return fake_quantize(weight[rows], self.scale[rows].unsqueeze(1), self.format)
 
 
 def weight_loss(weight: Tensor, quantized: Tensor, qq: Tensor, crossed: Tensor | None) -> Tensor:
@@ -45,37 +53,108 @@ def weight_loss(weight: Tensor, quantized: Tensor, qq: Tensor, crossed: Tensor |
     return inner.mul_(d).sum(1)
 
 
+def row_losses(weight: Tensor, values: Callable[[slice], Tensor], gram: Gram) -> Tensor:
+    """Return the (out,) float64 squared output errors over all calibration tokens, the input's own part included.
+
+    Args:
+        weight: (out, in) float32. values: gives some of its rows as they are stored.
+    """
+    lost = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    for rows in ranks.own(len(weight), _ROWS):
+        w = weight[rows]
+        crossed = None if gram.eq is None else w @ gram.eq
+        lost[rows] = weight_loss(w, values(rows), gram.qq, crossed).double()
+        if gram.ee is not None:
+            lost[rows] += row_energy(w, gram.ee)
+    return ranks.united(lost)
+
+
+def row_energy(weight: Tensor, gram: Tensor) -> Tensor:
+    """Return the (out,) float64 squared outputs of (out, in) ``weight`` under (in, in) X'X."""
+    return (weight @ gram).mul_(weight).double().sum(1)
+
+
+def output_energy(weight: Tensor, gram: Tensor) -> float:
+    """Return the squared output of (out, in) ``weight`` over all calibration tokens, whose X'X is (in, in) ``gram``."""
+    energy = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    for rows in ranks.own(len(weight), _ROWS):
+        energy[rows] = row_energy(weight[rows], gram)
+    return float(ranks.united(energy).sum())
+
+
+def losses_by_tokens(
+    weight: Tensor, values: Callable[[slice], Tensor], statistics: SiteStatistics, quantize: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """Return what :func:`row_losses` does, from the outputs of all tokens: cheaper than Gram matrices where tokens are few."""
+    lost = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    own = ranks.own(len(weight), _ROWS)
+    for x in statistics.chunks() if own else ():
+        q = x if quantize is None else quantize(x)
+        e = x - q
+        for rows in own:
+            w = weight[rows]
+            wrong = q @ (w - values(rows)).t()
+            if quantize is not None:
+                wrong.addmm_(e, w.t())
+            lost[rows] += wrong.square_().sum(0, dtype=torch.float64)
+    return ranks.united(lost)
+
+
+def few_tokens(statistics: SiteStatistics) -> bool:
+    """Return whether an error costs less as two products with all tokens than as three with Gram matrices."""
+    return 2 * statistics.tokens.tokens < 3 * statistics.tokens.channels
+
+
+def site_losses(
+    weight: Tensor, values: Callable[[slice], Tensor], statistics: SiteStatistics, choice: InputRounding | None, gram: Gram | None
+) -> Tensor:
+    """Return the (out,) float64 squared output errors over all calibration tokens.
+
+    Args:
+        gram: under ``choice``, the rounding of the input; None where :func:`few_tokens` make it cheaper without.
+    """
+    if gram is None:
+        return losses_by_tokens(weight, values, statistics, choice.quantize if choice else None)
+    return row_losses(weight, values, gram)
+
+
+def site_energy(weight: Tensor, statistics: SiteStatistics) -> float:
+    """Return the squared output of (out, in) ``weight`` over all calibration tokens, the cheaper way."""
+    if statistics.tokens.tokens < weight.shape[1]:
+        return float(losses_by_tokens(weight, lambda rows: torch.zeros((), device=weight.device), statistics, None).sum())
+    return output_energy(weight, statistics.gram)
+
+
 def output_loss(weight: Tensor, quantized: Tensor, gram: Gram) -> float:
     """Return the squared output error over all calibration tokens of (out, in) ``weight`` stored as ``quantized``."""
-    crossed = None if gram.eq is None else weight @ gram.eq
-    loss = weight_loss(weight, quantized, gram.qq, crossed).double().sum()
-    if gram.ee is not None:
-        loss = loss + ((weight @ gram.ee) * weight).double().sum()
-    return max(float(loss), 0.0)
+    return max(float(row_losses(weight, lambda rows: quantized[rows], gram).sum()), 0.0)
 
 
 def choose_weight(
-    weight: Tensor, gram: Gram, formats: Sequence[FloatFormat], grid: Grid, current: dict[FloatFormat, Tensor] | None = None,
+    weight: Tensor, gram: Gram | None, formats: Sequence[FloatFormat], grid: Grid, current: dict[FloatFormat, Tensor] | None = None,
     row_penalty: float = 0.0,
 ) -> tuple[WeightChoice, dict[FloatFormat, Tensor]]:  # fmt: skip
     """Return the best format with its scales, and the scales of every format still in the race (the next round's ``current``).
 
     Args:
-        weight: (out, in) float32. row_penalty: added times the plain squared row error, for a weight that is an
-            embedding too.
+        weight: (out, in) float32. gram: None where the plain squared row error is what counts.
+        row_penalty: added times the plain squared row error, for a weight that is an embedding too.
     """
-    crossed = None if gram.eq is None else weight @ gram.eq
-    qq = as_operand(gram.qq)
+    own = ranks.own(len(weight), _ROWS)
+    crossed = {} if gram is None or gram.eq is None else {rows.start: weight[rows] @ gram.eq for rows in own}
+    qq = None if gram is None else as_operand(gram.qq)
+    row_penalty = 1.0 if gram is None else row_penalty
 
     def loss(scale: Tensor, fmt: FloatFormat) -> Tensor:
-        parts = []
-        for start in range(0, len(weight), _ROWS):
-            rows = slice(start, start + _ROWS)
+        lost = torch.zeros(len(weight), device=weight.device)
+        for rows in own:
             w = weight[rows]
             quantized = fake_quantize(w, scale[rows].unsqueeze(1), fmt)
-            value = weight_loss(w, quantized, qq, None if crossed is None else crossed[rows])
-            parts.append(value if row_penalty == 0 else value.add_((w - quantized).square_().sum(1), alpha=row_penalty))
-        return torch.cat(parts)
+            if qq is not None:
+                lost[rows] = weight_loss(w, quantized, qq, crossed.get(rows.start))
+            if row_penalty:
+                lost[rows] += (w - quantized).square_().sum(1).mul_(row_penalty)
+        return ranks.united(lost)
 
     losses: dict[FloatFormat, Loss] = {fmt: partial(loss, fmt=fmt) for fmt in formats}
     absmax = weight.abs().amax(1)

@@ -1,7 +1,12 @@
-"""Changes of a whole model that keep its float function, applied to tensors as they are read: rotation, folded norms."""
+"""Changes that keep a model's float function: rotation and folded norms, applied to tensors as they are read; maps of inputs."""
 
+from llm_fp4.transforms.inputs import HadamardTransform, InputTransform, KroneckerTransform
 from llm_fp4.transforms.merge import Merge
 from llm_fp4.transforms.roles import BlockRoles, block_roles, norm_before
 from llm_fp4.transforms.rotation import Rotation
+from llm_fp4.transforms.soft import SoftInput, SoftLinear
 
-__all__ = ["BlockRoles", "Merge", "Rotation", "block_roles", "norm_before"]
+__all__ = [
+    "BlockRoles", "HadamardTransform", "InputTransform", "KroneckerTransform", "Merge", "Rotation", "SoftInput", "SoftLinear",
+    "block_roles", "norm_before",
+]  # fmt: skip

@@ -7,6 +7,7 @@ scales and shifts travel as tensors; errors and reasons stay in ``plan.json`` fo
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,7 +32,8 @@ class InputSpec:
             each block is its largest magnitude over the largest value, rounded to E4M3 over the stored scale).
         max_shift: the largest channel shift, 0 where there is none.
         smooth: whether a real factor per channel divides the input first (SmoothQuant).
-        transform: "hadamard" where the input passes ``kernels.hadamard`` before it is quantized; its weights did so too.
+        transform: "hadamard" where the input passes ``kernels.hadamard`` before it is quantized, "kronecker_24x24" and the like where
+            it is multiplied by a Kronecker product of stored (24, 24) and (24, 24) factors; its weights were transformed to match.
     """
 
     format: FloatFormat
@@ -50,9 +52,9 @@ class InputSpec:
             raise UnsupportedError("channel shifts and smoothing of inputs with block scales are not implemented; leave them out")
         if self.offset:
             raise UnsupportedError("input offset is not implemented in this version; leave it out of the plan")
-        if self.transform not in (None, "hadamard"):
+        if self.transform not in (None, "hadamard") and self.factors is None:
             raise UnsupportedError(
-                f"input transform {self.transform!r} is not implemented; use hadamard or leave it out of the plan"
+                f"input transform {self.transform!r} is not implemented; use hadamard or kronecker_24x24, say, or leave it out of the plan"
             )
         if self.transform is not None and self.smooth:
             raise UnsupportedError("an input transform beside smoothing is not implemented; leave one of them out")
@@ -71,6 +73,12 @@ class InputSpec:
         if not isinstance(blocks, PerBlock) or blocks.scale_dtype == "float32":
             raise UnsupportedError(f"input granularity {self.granularity!r} names no stored scale; write per_block_16_e4m3, say")
         return blocks
+
+    @cached_property
+    def factors(self) -> tuple[int, int] | None:
+        """The sizes (a, b) of a Kronecker transform's factors, None where there is no such transform."""
+        found = re.fullmatch(r"kronecker_([1-9]\d*)x([1-9]\d*)", self.transform or "")
+        return (int(found[1]), int(found[2])) if found else None
 
     @property
     def top(self) -> int:
@@ -113,7 +121,9 @@ class InputPlan:
         scale: float32 (), the step of the least shifted channel; for per-token, the clipping ratio.
         shift: (in,) uint8 k with ``step_j = scale * 2**-k_j``, or None.
         smooth: (in,) float32 that divides the input, or None.
+        left, right: (a, a) and (b, b) float32 factors of a Kronecker transform, or None.
         error: squared output error over the output's squared norm, calibration tokens, all operands.
+        clipped: share of the calibration sample's values beyond what a static scale reaches.
     """
 
     name: str
@@ -125,6 +135,9 @@ class InputPlan:
     error: float | None = None
     sink_ratio: float | None = None
     reason: str = ""
+    clipped: float | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
 
     def to_json(self) -> dict[str, Any]:
         histogram = None
@@ -132,7 +145,7 @@ class InputPlan:
             histogram = torch.bincount(self.shift.long(), minlength=self.spec.max_shift + 1).tolist()
         return {
             "operands": self.operands, **self.spec.to_json(), "scale": float(self.scale), "shift_histogram": histogram,
-            "error": self.error, "sink_ratio": self.sink_ratio, "reason": self.reason,
+            "error": self.error, "sink_ratio": self.sink_ratio, "reason": self.reason, "clipped": self.clipped,
         }  # fmt: skip
 
 

@@ -1,0 +1,92 @@
+"""Linears that round as the quantized ones will, with gradients through the rounding, and a map of their input to be learned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llm_fp4.kernels import kronecker, split_width
+from llm_fp4.numerics import FloatFormat, round_to_level
+from llm_fp4.transforms.inputs import KroneckerTransform
+
+_START = 2.5  # the sigmoid of it, 0.92, is the share of the largest magnitude that is not clipped
+_SMALLEST = 1e-12
+
+
+def soft_level(x: Tensor, fmt: FloatFormat) -> Tensor:
+    """Return the level nearest to ``x``, whose gradient is that of clipping: 1 inside the format's range, 0 outside.
+
+    Source: the straight-through estimator of LSQ, arXiv:1902.08153, Eq. 3 and 5: with ``level * scale`` the scale learns too.
+    """
+    top = float(fmt.max_level)
+    clipped = x.clamp(-top, top)
+    return clipped + (round_to_level(x.detach(), fmt) - clipped.detach())
+
+
+class SoftInput(nn.Module):
+    """One input site: its map, a Kronecker product that starts as a random orthogonal one, and its clipping.
+
+    Args:
+        width: channels. top: largest magnitude of the calibration input, for a static scale; None for a scale per token.
+        learned: False keeps the channels as they are, for comparison.
+    """
+
+    def __init__(self, width: int, fmt: FloatFormat, generator: torch.Generator, top: Tensor | None, learned: bool = True) -> None:
+        super().__init__()
+        self.format, self.top, self.learned = fmt, top, learned
+        self.left, self.right = (nn.Parameter(orthogonal(n, generator)) for n in split_width(width))
+        self.clip = nn.Parameter(torch.tensor(_START))
+        self._read: Tensor | None = None
+        self._rounded: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., in) ``x`` mapped and rounded; siblings that read the same tensor share the result."""
+        if self._read is not x or self._rounded is None:
+            mapped = kronecker(x, self.left, self.right) if self.learned else x
+            top = mapped.abs().amax(-1, keepdim=True) if self.top is None else self.top
+            scale = top.clamp_min(_SMALLEST) * (torch.sigmoid(self.clip) / self.format.max_level)
+            self._read, self._rounded = x, soft_level(mapped / scale, self.format) * scale
+        return self._rounded
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """Return the (out, in) ``weight`` that reads the mapped input."""
+        if not self.learned:
+            return weight
+        left, right = (torch.linalg.inv(m).t() for m in (self.left, self.right))
+        return kronecker(weight, left, right)
+
+    def forget(self) -> None:
+        """Drop the last rounded input: the parameters have changed."""
+        self._read = self._rounded = None
+
+    def transform(self) -> KroneckerTransform:
+        """Return the map as it is now."""
+        return KroneckerTransform(self.left.detach().clone(), self.right.detach().clone())
+
+
+class SoftLinear(nn.Module):
+    """``y = q(x P) q(W P^-T)' + b`` with one scale a row of the weight, each row's clipping learned.
+
+    Args:
+        weight: (out, in) float32. site: of its input, shared with other readers.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, fmt: FloatFormat, site: SoftInput) -> None:
+        super().__init__()
+        self.clip = nn.Parameter(torch.full((len(weight), 1), _START, device=weight.device))
+        self._float, self._bias, self._format = weight, bias, fmt
+        self._site = (site,)  # in a tuple: the site's parameters are its own, not this layer's
+
+    def forward(self, x: Tensor) -> Tensor:
+        (site,) = self._site
+        mapped = site.weight(self._float)
+        scale = mapped.abs().amax(1, keepdim=True).clamp_min(_SMALLEST) * (torch.sigmoid(self.clip) / self._format.max_level)
+        rounded: Tensor = nn.functional.linear(site(x), soft_level(mapped / scale, self._format) * scale, self._bias)
+        return rounded
+
+
+def orthogonal(width: int, generator: torch.Generator) -> Tensor:
+    """Return a random orthogonal (width, width) float32 matrix."""
+    q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+    signed: Tensor = (q * r.diagonal().sign()).float()
+    return signed
