@@ -4,11 +4,13 @@
 
 G = ln(perplexity / float perplexity). A row is BITS:RECIPE, with ``!`` after the bits to ignore the output head. ``--cost``
 also gives each row's time in forward passes of the float model over the same calibration tokens (the median of three).
+``--average-bits`` lets the widths of every row be chosen by measured sensitivity, ``--per-token`` gives inputs a scale per token.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import statistics
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llm_fp4
 from llm_fp4.api.prepare import token_batches
 from llm_fp4.evaluation import compare
-from llm_fp4.recipe import Bits, Recipe
+from llm_fp4.recipe import Bits, Budget, Recipe
 
 ROWS = [
     *(f"16/4/4!:{r}" for r in ("minmax-int", "minmax-fp", "fpq-baseline", "smoothquant", "fpq")),
@@ -30,7 +32,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-def recipe_of(row: str, rounds: int, **search: object) -> Recipe:
+def recipe_of(row: str, rounds: int, average_bits: float | None = None, per_token: bool = False, **search: object) -> Recipe:
     """Return the recipe of a row."""
     bits, _, name = row.partition(":")
     recipe = llm_fp4.load_recipe(name)
@@ -39,6 +41,9 @@ def recipe_of(row: str, rounds: int, **search: object) -> Recipe:
         "search": recipe.search.model_copy(update={"rounds": rounds, **search}),
         "ignore": ["lm_head"] if "!" in bits else [],
     }
+    changes |= {"budget": Budget(average_bits=average_bits)} if average_bits is not None else {}
+    per_token_rules = {"granularity": "per_token", "shift_range": "search"}
+    changes |= {"inputs": recipe.inputs.model_copy(update=per_token_rules)} if per_token else {}
     return recipe.model_copy(update=changes)
 
 
@@ -48,7 +53,7 @@ def forward_seconds(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        for batch in token_batches(tokens, torch.device("cpu")):
+        for batch in token_batches(model, tokens, torch.device("cpu")):
             model(**batch)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
@@ -61,6 +66,8 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--windows", type=int, default=16)
     arguments.add_argument("--propagation", choices=("sequential", "parallel"), default="sequential")
+    arguments.add_argument("--average-bits", type=float)
+    arguments.add_argument("--per-token", action="store_true")
     arguments.add_argument("--cost", action="store_true")
     arguments.add_argument("--name", default="quality")
     a = arguments.parse_args()
@@ -74,12 +81,15 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name("checkpoint.partial"), ignore_errors=True)
         start = time.perf_counter()
-        llm_fp4.quantize(source, out, recipe_of(row, a.rounds, propagation=a.propagation), tokens=tokens)
+        wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, propagation=a.propagation)
+        llm_fp4.quantize(source, out, wish, tokens=tokens)
         seconds = time.perf_counter() - start
         result = compare(reference, {row: llm_fp4.load(out)}, measured)
         flat, ours = result["float"], result[row]
         gap = math.log(ours.perplexity / flat.perplexity)
         # measured beside the row, as the machine's speed drifts
+        plan = json.loads((out / "plan.json").read_text()).get("budget")
+        budget = {k: plan[k] for k in ("limit", "takes", "narrowest", "kept_high", "tokens", "forward_passes")} if plan else {}
         forwards = {"forwards": seconds / forward_seconds(reference, tokens)} if a.cost else {}
         rows.append(
             {
@@ -93,6 +103,8 @@ def main() -> None:
                 "sequences": len(tokens),
                 "rounds": a.rounds,
                 **forwards,
+                **({"per_token": True} if a.per_token else {}),
+                **({"budget": budget} if budget else {}),
             }
         )
         print(

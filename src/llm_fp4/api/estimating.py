@@ -13,8 +13,7 @@ from torch import nn
 from llm_fp4.api.fisher import gradient_memory
 from llm_fp4.api.prepare import checked_structure
 from llm_fp4.models import FloatModel, Structure, open_model, weight_shapes
-from llm_fp4.numerics import packed_width
-from llm_fp4.pipeline import shared_heads
+from llm_fp4.pipeline import checkpoint_bytes
 from llm_fp4.recipe import ModuleRule, Recipe, load_recipe
 from llm_fp4.search.shift import shift_limits
 
@@ -29,7 +28,8 @@ class Estimate:
     """The cost of a run.
 
     Attributes:
-        bytes: of the checkpoint's tensors; channel shifts are counted wherever the search may choose them, offsets nowhere.
+        bytes: of the checkpoint's tensors; channel shifts are counted wherever the search may choose them, offsets nowhere. Under a
+            budget: what it allows, and for a divergence the widest choices.
         float_bytes: of the float model's. memory: bytes beside the program itself and mapped files.
         passes: work in forward passes of the float model over all calibration tokens.
         seconds: of the products, which alone are counted, at the speed of float32 measured now: bfloat16 and int8 units do them
@@ -62,6 +62,9 @@ def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, d
             work += _block_work([(shapes[name], recipe.rule(name, head=True))], recipe, tokens)
     # each block runs once to its end, and once to each of its sites, half way on average
     work += forward * (1 + _sites(structure) / 2 if recipe.search.propagation == "sequential" else 1)
+    if recipe.budget is not None:
+        parts = sum(len(structure.linears[b]) for b in structure.blocks) / len(structure.blocks) + _sites(structure)
+        work += (2 + parts * (len(structure.blocks) + 1) / 2) * forward * recipe.budget.tokens / tokens
     if recipe.transforms.learned:
         inner = 2.0 * tokens * sum(math.prod(shapes[n]) for n in _inner(structure))
         work += (_GRADIENT * recipe.transforms.epochs + 2) * inner
@@ -111,28 +114,16 @@ def _block_work(linears: list[tuple[tuple[int, int], ModuleRule]], recipe: Recip
 
 
 def _bytes(opened: FloatModel, structure: Structure, shapes: dict[str, tuple[int, int]], recipe: Recipe) -> int:
-    total, shared = 0, shared_heads(structure, recipe)
-    weights = {f"{n}.weight" for n in shapes}
-    for name, p in opened.model.named_parameters(remove_duplicate=False):
-        total += 0 if name in weights else p.numel() * opened.source.dtype(name).itemsize
-    for name, (rows, columns) in shapes.items():
-        head = name in structure.outer_linears
-        embedding = name in structure.embeddings
-        rule = None if embedding or not recipe.selects(name) else recipe.rule(name, head=head)
-        formats = recipe.embedding_formats() if embedding and recipe.selects(name) else rule.weight_formats if rule else ()
-        if not formats:
-            alone = name not in structure.tied or bool(recipe.selects(structure.tied[name]) and recipe.embedding_formats())
-            total += rows * columns * opened.source.dtype(f"{name}.weight").itemsize if alone else 0
-            continue
-        if name not in shared:
-            blocks = rule.weight_blocks if rule else None
-            scales = (
-                math.prod(blocks.shape(rows, columns)) * blocks.torch_dtype.itemsize + 4 * blocks.two_level if blocks else 4 * rows
-            )
-            total += rows * packed_width(columns, formats[0].bits) + scales
-        if rule and rule.input_formats:
-            total += 4 + (columns if rule.shift else 0)
-    return total
+    if recipe.budget is None:
+        return checkpoint_bytes(opened.model, opened.source, structure, shapes, recipe)
+    if recipe.budget.bytes is not None:
+        return recipe.budget.bytes
+    pairs = recipe.budget.pairs
+    narrow, wide = (checkpoint_bytes(opened.model, opened.source, structure, shapes, recipe.at(*p)) for p in (pairs[0], pairs[-1]))
+    if recipe.budget.average_bits is None or pairs[0][0] == pairs[-1][0]:
+        return wide
+    share = (recipe.budget.average_bits - pairs[0][0]) / (pairs[-1][0] - pairs[0][0])
+    return round(narrow + min(share, 1.0) * (wide - narrow))
 
 
 def _memory(model: nn.Module, structure: Structure, shapes: dict[str, tuple[int, int]]) -> int:

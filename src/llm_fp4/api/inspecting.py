@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,13 @@ from torch import nn
 
 from llm_fp4.api.loading import is_checkpoint
 from llm_fp4.api.prepare import checked_structure
-from llm_fp4.checkpoint import read_attention, read_caches, read_config, verify
+from llm_fp4.checkpoint import Manifest, ModuleEntry, read_attention, read_caches, read_config, verify
 from llm_fp4.errors import CheckpointError
 from llm_fp4.models import FloatModel, Structure, open_model
 from llm_fp4.nn import CACHE_STEP, linear_shape
-from llm_fp4.numerics import packed_width
+from llm_fp4.numerics import FloatFormat, packed_width
 from llm_fp4.pipeline import shared_heads
-from llm_fp4.recipe import Recipe, load_recipe, matches
+from llm_fp4.recipe import FLOAT_BITS, Recipe, load_recipe, matches
 from llm_fp4.storage import TensorFiles
 
 
@@ -71,6 +73,22 @@ class AttentionReport:
 
 
 @dataclass(frozen=True)
+class AverageBits:
+    """Mean widths of what a checkpoint holds quantized; layers and tables left in float are not counted.
+
+    Attributes:
+        weights: bits a code, over the elements of all quantized weights (codes that two modules share count for both); None: no weight is.
+        inputs: bits over the elements of one token at every input site, 16 where a quantized linear reads a float input, which is a
+            site of its own; None: there is no quantized linear.
+        stored: bits an element of the packed weights with their scales, as they lie on disk.
+    """
+
+    weights: float | None = None
+    inputs: float | None = None
+    stored: float | None = None
+
+
+@dataclass(frozen=True)
 class CacheReport:
     """How the keys and values of one attention are kept; empty formats where they stay float, with the reason.
 
@@ -98,6 +116,8 @@ class Inspection:
         float_bytes: of the float model a checkpoint was made from.
         attention: its attention modules, where their products are quantized or were to be.
         fingerprint: what a checkpoint was made from: source, recipe and data by digest, and versions; None in older ones.
+        average: mean widths of a checkpoint.
+        budget: where widths were chosen for one: what they take, what they predict and why, as in plan.json.
         cache: its attention modules, where their keys and values are kept in codes or were to be.
     """
 
@@ -113,6 +133,8 @@ class Inspection:
     attention: list[AttentionReport] = field(default_factory=list)
     fingerprint: dict[str, Any] | None = None
     cache: list[CacheReport] = field(default_factory=list)
+    average: AverageBits = AverageBits()
+    budget: dict[str, Any] | None = None
 
 
 def inspect_model(source_or_dir: str | Path | FloatModel, recipe: Recipe | str = "fpq") -> Inspection:
@@ -164,7 +186,27 @@ def _checkpoint(folder: Path) -> Inspection:
     return Inspection(
         str(folder), True, architecture, **described, bytes=size, float_bytes=plan.get("float_bytes"), layers=layers,
         attention=_attention(folder, plan), cache=_cache(folder, plan), fingerprint=quantization.get("fingerprint"),
+        average=_average(manifest, sites), budget=plan.get("budget"),
     )  # fmt: skip
+
+
+def _average(manifest: Manifest, sites: dict[str, tuple[str, Any]]) -> AverageBits:
+    weights = [(entry.format.bits, math.prod(entry.shape)) for entry in manifest.values()]
+    inputs = {sites.get(n, (n, None))[0]: (e.input.format.bits if e.input else FLOAT_BITS, e.shape[1])
+              for n, e in manifest.items() if e.kind == "linear"}  # fmt: skip
+    stored = [_stored_bytes(entry) for entry in manifest.values() if entry.tied_to is None]
+    own = sum(math.prod(entry.shape) for entry in manifest.values() if entry.tied_to is None)
+    return AverageBits(_mean(weights), _mean(list(inputs.values())), 8 * sum(stored) / own if own else None)
+
+
+def _stored_bytes(entry: ModuleEntry) -> int:
+    shapes = {n: shape for n, shape in entry.tensors().items() if n.startswith("weight_")}
+    return sum(math.prod(shape) * entry.dtype(n).itemsize for n, shape in shapes.items())
+
+
+def _mean(parts: list[tuple[int, int]]) -> float | None:
+    total = sum(elements for _, elements in parts)
+    return sum(bits * elements for bits, elements in parts) / total if total else None
 
 
 def _attention(folder: Path, plan: dict[str, Any]) -> list[AttentionReport]:
@@ -227,7 +269,7 @@ def _float(opened: FloatModel, recipe: Recipe) -> Inspection:
         type(opened.model).__name__,
         recipe.name,
         recipe.method,
-        str(recipe.bits),
+        recipe.widths,
         opened.bytes_float,
         None,
         layers,
@@ -264,11 +306,17 @@ def _candidates(name: str, kind: str, structure: Structure, recipe: Recipe) -> t
         return (), (), f"matches the ignore pattern {pattern!r}"
     if not recipe.selects(name):
         return (), (), "matches none of the targets"
+    wishes = [recipe.at(w, a) for w, a in recipe.budget.pairs] if recipe.budget else [recipe]
     if kind == "embedding":
-        formats = recipe.embedding_formats()
-        return tuple(f.name for f in formats), (), "" if formats else "the recipe leaves embeddings at 16 bits"
-    rule = recipe.rule(name, head=name in structure.outer_linears)
-    weight, read = tuple(f.name for f in rule.weight_formats), tuple(f.name for f in rule.input_formats)
+        formats = _names(f for wish in wishes for f in wish.embedding_formats())
+        return formats, (), "" if formats else "the recipe leaves embeddings at 16 bits"
+    rules = [wish.rule(name, head=name in structure.outer_linears) for wish in wishes]
+    weight, read = _names(f for r in rules for f in r.weight_formats), _names(f for r in rules for f in r.input_formats)
     if not weight:
         return weight, read, "the recipe leaves it at 16 bits"
     return weight, read, "" if read else "input at 16 bits"
+
+
+def _names(formats: Iterable[FloatFormat]) -> tuple[str, ...]:
+    """Return the names of ``formats``, each once."""
+    return tuple(dict.fromkeys(f.name for f in formats))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llm_fp4 import ranks
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.models import Batch, Structure, WeightSource, find_structure, kept_whole, separate_experts
-from llm_fp4.recipe import Recipe, matches
+from llm_fp4.recipe import FLOAT_BITS, Recipe, matches
 
 _BATCH_TOKENS = 2048
 
@@ -68,9 +68,38 @@ def checked_structure(model: nn.Module, recipe: Recipe, source: WeightSource | N
             raise RecipeError(
                 f"{name} has a quantized input and a float weight, which is not implemented; give it weight bits or ignore it"
             )
+    if recipe.budget is not None:
+        _check_budget(recipe, structure, [n for n in chosen if n not in structure.aliases])
     if not anything and not recipe.cache_formats():
         raise RecipeError(f"bits {recipe.bits} leave every selected layer in float; give embedding or weight 3 to 8 bits")
     return structure
+
+
+def _check_budget(recipe: Recipe, structure: Structure, names: list[str]) -> None:
+    """Raise RecipeError where no choice can be within the average, or a width has no candidate format."""
+    assert recipe.budget is not None
+    if recipe.method == "smoothquant":
+        raise UnsupportedError("a budget beside method smoothquant is not implemented; use fpq or minmax")
+    if recipe.budget.bytes is not None and recipe.transforms.learned:
+        raise UnsupportedError(
+            "budget.bytes does not count learned maps of inputs, so both together are not implemented; use average_bits or kl"
+        )
+    weights, inputs = [], []
+    for weight, activation in recipe.budget.pairs:
+        rules = recipe.at(weight, activation)
+        for name in names:
+            if name in structure.embeddings:
+                weights += [f.bits for f in rules.embedding_formats()]
+                continue
+            rule = rules.rule(name, head=name in structure.outer_linears)
+            weights += [f.bits for f in rule.weight_formats]
+            inputs += [f.bits for f in rule.input_formats] or [FLOAT_BITS]
+    wanted = recipe.budget.average_bits
+    for what, widths in (("weights", weights), ("inputs", inputs)):
+        if wanted is not None and widths and min(widths) > wanted:
+            raise RecipeError(
+                f"budget.average_bits {wanted:g} cannot be met: no choice gives {what} fewer than {min(widths)} bits; raise it or allow other choices"
+            )
 
 
 def _check_cache(model: nn.Module, recipe: Recipe) -> None:

@@ -100,7 +100,10 @@ def _fill(
 ) -> None:  # fmt: skip
     """Run what the store lacks and move the finished checkpoint to ``out``."""
     shapes = weight_shapes(opened.model, structure)
-    config = _config(opened.model, structure, recipe)
+    config = {
+        **cast(Any, opened.model).config.to_dict(),
+        "architectures": [type(opened.model).__name__],
+    }  # without quantization_config
     float_bytes = opened.bytes_float
     if batches is None and tokens is None:
         batches = source_batches(opened, recipe, target, lambda: whole_float_model(opened).to(target))
@@ -114,8 +117,11 @@ def _fill(
         gradients = store.gradients()
     route_attention(opened.model, recipe)
     with float32_everywhere(opened.model, target):
-        Job(opened.model, structure, opened.source, recipe, batches, store, target, progress, gradients=gradients).run()
-    description = {"recipe": recipe.name, "method": recipe.method, "bits": str(recipe.bits)}
+        job = Job(opened.model, structure, opened.source, recipe, batches, store, target, progress, gradients=gradients)
+        job.run()
+    if parts(structure, job.recipe) or recipe.transforms.rotation != "none":
+        config["tie_word_embeddings"] = False
+    description = {"recipe": recipe.name, "method": recipe.method, "bits": recipe.widths}
 
     def finish() -> None:
         made = fingerprint(opened, recipe, store.tokens() if store.tokens() is not None else tokens, batches)
@@ -137,7 +143,7 @@ def _keeping_what_is_finished(store: RunStore) -> Iterator[None]:
         store.close()
     except BaseException as error:
         store.close()
-        if ranks.leads() and store.done == 0 and store.tokens() is None:
+        if ranks.leads() and store.done == 0 and store.tokens() is None and store.kept("sensitivity") is None:
             shutil.rmtree(store.folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise output_error(error, store.folder) from None
@@ -236,15 +242,6 @@ def _data_digest(recipe: Recipe, tokens: Tensor | None, batches: list[Batch] | N
     source = Path(recipe.calibration.source)
     files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else []
     return " ".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files) or recipe.calibration.source
-
-
-def _config(model: Any, structure: Structure, recipe: Recipe) -> dict[str, Any]:
-    """Return config.json of the checkpoint, without ``quantization_config``."""
-    config: dict[str, Any] = model.config.to_dict()
-    config["architectures"] = [type(model).__name__]
-    if parts(structure, recipe) or recipe.transforms.rotation != "none":
-        config["tie_word_embeddings"] = False
-    return config
 
 
 def _save_extras(opened: FloatModel, folder: Path, card: str) -> None:

@@ -46,6 +46,8 @@ def finish_checkpoint(
     products = {n: p for plan in plans for n, p in plan.get("attention", {}).items()}
     caches = {n: p for plan in plans for n, p in plan.get("cache", {}).items()}
     decided = {"inputs": inputs, "weights": weights, **({"attention": products} if products else {})}
+    if budget := store.kept("budget"):
+        decided["budget"] = budget
     decided |= {"cache": caches} if caches else {}
     write_json(folder / "plan.json", {"version": VERSION, **description, **decided})
     write_text(folder / "recipe.yaml", recipe_yaml)

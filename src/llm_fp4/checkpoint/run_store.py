@@ -135,6 +135,14 @@ class RunStore:
         path = self.state / "gradients.safetensors"
         return _tensors(path, self.folder) if path.is_file() else None
 
+    def keep(self, name: str, data: dict[str, Any]) -> None:
+        """Store what was decided before the first unit."""
+        ranks.first(lambda: write_json(self.state / f"{name}.json", data))
+
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """Return what :meth:`keep` stored under ``name``, or None."""
+        return _json(self.state / f"{name}.json") or None
+
     def plans(self) -> list[dict[str, Any]]:
         """Return the plans of all finished units, in order."""
         return [json.loads((self.state / f"plan-{unit:05d}.json").read_text()) for unit in range(self.done)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_fp4.cli import options
+from llm_fp4.cli.budget import average, print_budget
 from llm_fp4.cli.render import print_facts, print_json, print_table, size
 from llm_fp4.cli.working import working
 
@@ -78,6 +79,8 @@ def inspect(
         print_json(asdict(found) | ({"activations": [_site(s) for s in sites], "figures": written} if sites else {}))
         return
     _head(found)
+    if found.quantized and not sites:
+        print_budget(found.budget)
     if sites:
         _activations(sites)
     elif found.quantized:
@@ -94,7 +97,7 @@ def inspect(
 
 def _head(found: Inspection) -> None:
     disk = ("on disk" if found.quantized else "parameters", size(found.bytes))
-    before = [("float model", size(found.float_bytes))] if found.quantized else []
+    before = [("float model", size(found.float_bytes)), ("average bits", average(found.average))] if found.quantized else []
     what = f"{found.recipe} ({found.method}) {found.bits}" if found.quantized else f"{found.recipe} {found.bits} would give"
     print_facts([("model", f"{found.origin} ({found.architecture})"), ("recipe", what), disk, *before, *_made(found.fingerprint)])
 

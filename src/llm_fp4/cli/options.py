@@ -39,6 +39,24 @@ Attention = Annotated[
         help="Bits of the inputs of both attention products: 3 to 8, or 16 for float.  [default: 16]",
     ),
 ]  # fmt: skip
+AverageBits = Annotated[
+    float | None,
+    typer.Option(
+        "--average-bits", metavar="X", show_default=False,
+        help="Choose the width of every weight and input by measured sensitivity: X bits on average at most, of weights and of inputs.",
+    ),
+]  # fmt: skip
+MaxBytes = Annotated[
+    int | None,
+    typer.Option("--max-bytes", metavar="N", min=1, show_default=False, help="Likewise, but a checkpoint of N bytes at most."),
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl", metavar="X", show_default=False,
+        help="Likewise, but the fewest bits at which the predicted divergence from the float model is X nats at most.",
+    ),
+]  # fmt: skip
 CacheBits = Annotated[
     int | None,
     typer.Option(
@@ -80,7 +98,7 @@ def recipe_of(
     name: str, *, bits: str | None = None, lm_head_bits: int | None = None, calibration: str | None = None, sequences: int | None = None,
     length: int | None = None, ignore: list[str] | None = None, targets: list[str] | None = None, rounds: int | None = None,
     propagation: str | None = None, objective: str | None = None, attention: int | None = None, cache_bits: int | None = None,
-    seed: int | None = None,
+    seed: int | None = None, average_bits: float | None = None, max_bytes: int | None = None, max_kl: float | None = None,
 ) -> Recipe:  # fmt: skip
     """Return the recipe called ``name`` with every option that was given in the place of its field.
 
@@ -98,6 +116,9 @@ def recipe_of(
     for section, key, value in given:
         if value is not None:
             data[section][key] = value
+    limits = {k: v for k, v in (("average_bits", average_bits), ("bytes", max_bytes), ("kl", max_kl)) if v is not None}
+    if limits:  # in the place of the recipe's own
+        data["budget"] = {**(data["budget"] or {}), "average_bits": None, "bytes": None, "kl": None, **limits}
     data |= {k: v for k, v in (("ignore", ignore), ("targets", targets), ("seed", seed)) if v not in (None, [])}
     recipe: Recipe = validated(Recipe, data, "the options")
     return recipe

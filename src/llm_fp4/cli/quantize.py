@@ -13,6 +13,7 @@ import typer
 
 from llm_fp4 import ranks
 from llm_fp4.cli import options
+from llm_fp4.cli.budget import average, print_budget
 from llm_fp4.cli.failures import Interrupted
 from llm_fp4.cli.render import print_facts, print_json, size
 from llm_fp4.cli.working import working
@@ -40,6 +41,9 @@ def quantize(
     bits: options.BitsOption = None,
     lm_head_bits: options.LmHeadBits = None,
     attention: options.Attention = None,
+    average_bits: options.AverageBits = None,
+    max_bytes: options.MaxBytes = None,
+    max_kl: options.MaxKl = None,
     cache_bits: options.CacheBits = None,
     calibration: options.CalibrationSource = None,
     sequences: options.Sequences = None,
@@ -81,13 +85,14 @@ def quantize(
       llm-fp4 quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm-fp4
       llm-fp4 quantize ./model out --bits 4/4/8 --calibration text.txt
       llm-fp4 quantize model.gguf out --recipe minmax-int --ignore lm_head
+      llm-fp4 quantize ./model out --average-bits 4.5 --calibration text.txt
       torchrun --nproc-per-node 2 -m llm_fp4 quantize ./model out
     """
     with ranks.joined(device):
         wish = options.recipe_of(
             recipe, bits=bits, lm_head_bits=lm_head_bits, calibration=calibration, sequences=sequences, length=length, ignore=ignore,
             targets=targets, attention=attention, cache_bits=cache_bits, rounds=rounds, propagation=propagation.value if propagation else None,
-            objective=objective.value if objective else None, seed=seed,
+            objective=objective.value if objective else None, seed=seed, average_bits=average_bits, max_bytes=max_bytes, max_kl=max_kl,
         )  # fmt: skip
         import llm_fp4
 
@@ -119,7 +124,7 @@ def _print_result(made: Path, out: str, seconds: float, as_json: bool) -> None:
         print_json({
             "out": str(made), "recipe": found.recipe, "method": found.method, "bits": found.bits, "float_bytes": found.float_bytes,
             "bytes": found.bytes, "seconds": seconds, "layers": len(packed), "float_layers": len(found.layers) - len(packed),
-            "weight_formats": weights, "input_formats": inputs,
+            "weight_formats": weights, "input_formats": inputs, "average_bits": asdict(found.average), "budget": found.budget,
         })  # fmt: skip
         return
     ratio = f" ({found.float_bytes / found.bytes:.2f} times smaller)" if found.float_bytes else ""
@@ -127,8 +132,9 @@ def _print_result(made: Path, out: str, seconds: float, as_json: bool) -> None:
         ("checkpoint", out), ("recipe", f"{found.recipe} {found.bits}"), ("float model", size(found.float_bytes)),
         ("on disk", size(found.bytes) + ratio), ("seconds", f"{seconds:.1f}"),
         ("layers", f"{len(packed)} quantized, {len(found.layers) - len(packed)} left in float"),
-        ("weight formats", _counts(weights)), ("input formats", _counts(inputs)),
+        ("weight formats", _counts(weights)), ("input formats", _counts(inputs)), ("average bits", average(found.average)),
     ])  # fmt: skip
+    print_budget(found.budget)
 
 
 def _announced(source: str, wish: Recipe) -> Any:
@@ -152,7 +158,7 @@ def _plan(source: str, wish: Recipe, device: str, as_json: bool) -> None:
         print_json(asdict(cost))
         return
     print_facts([
-        ("recipe", f"{wish.name} {wish.bits}"), ("float model", size(cost.float_bytes)),
+        ("recipe", f"{wish.name} {wish.widths}"), ("float model", size(cost.float_bytes)),
         ("on disk", f"{size(cost.bytes)} ({cost.float_bytes / cost.bytes:.2f} times smaller)"),
         ("memory", f"about {size(cost.memory)} beside the program"),
         ("work", f"about {cost.passes:.0f} forward passes over the calibration tokens"), ("minutes", f"about {cost.seconds / 60:.1f}"),

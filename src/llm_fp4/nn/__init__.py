@@ -5,11 +5,11 @@ from llm_fp4.nn.cache import CACHE, CACHE_STEP, CacheCodes
 from llm_fp4.nn.embedding import QuantEmbedding
 from llm_fp4.nn.experts import ExpertList, expert_lists, forget_wholes, fused_experts, put_together, take_apart
 from llm_fp4.nn.linear import PackedModule, QuantLinear
-from llm_fp4.nn.linears import is_linear, linear_shape, linear_weight
+from llm_fp4.nn.linears import is_linear, is_transposed, linear_shape, linear_weight
 from llm_fp4.nn.replace import borrow_weight, replace_module, share_inputs, share_weight
 
 __all__ = [
     "CACHE", "CACHE_STEP", "CHILD", "AttentionProducts", "CacheCodes", "ExpertList", "PackedModule", "QuantEmbedding", "QuantLinear", "attend",
-    "borrow_weight", "expert_lists", "forget_wholes", "fused_experts", "is_linear", "linear_shape", "linear_weight", "listening", "put_together",
-    "replace_module", "share_inputs", "share_weight", "take_apart", "watching",
+    "borrow_weight", "expert_lists", "forget_wholes", "fused_experts", "is_linear", "is_transposed", "linear_shape", "linear_weight", "listening",
+    "put_together", "replace_module", "share_inputs", "share_weight", "take_apart", "watching",
 ]  # fmt: skip

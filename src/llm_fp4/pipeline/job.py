@@ -22,11 +22,13 @@ from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, embeddin
 from llm_fp4.nn import expert_lists
 from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.attention import AttentionSites
+from llm_fp4.pipeline.budget import spend
 from llm_fp4.pipeline.caches import decide_caches, place_caches
 from llm_fp4.pipeline.embeddings import lookups, quantize_embedding, selected_embeddings, stored_table
 from llm_fp4.pipeline.learning import learn_transforms
 from llm_fp4.pipeline.memory import settle
 from llm_fp4.pipeline.rotating import rotated
+from llm_fp4.pipeline.sampling import token_mask
 from llm_fp4.pipeline.sites import Decided, Linears, quantized_layers, selected_linears, split_sites, stored_layer
 from llm_fp4.pipeline.tied import Runs, float_head_gram, parts, shared_heads
 from llm_fp4.pipeline.waves import Wave, decide_wave, waves
@@ -71,6 +73,7 @@ class Job:
         """Quantize everything the recipe selects; every finished unit is in the store at once."""
         units = self.store.units
         self._rotate()
+        self._spend()
         self.progress("quantize", self.store.done, units)
         self._resume()
         for unit in range(self.store.done, units):
@@ -235,6 +238,16 @@ class Job:
         self.source = source = rotated(self.model, self.structure, self.source, self.batches[0], self.device, self.recipe.seed)
         self.recipe = self.recipe.with_transformed(source.hidden) if rules.online else self.recipe
 
+    def _spend(self) -> None:
+        """Give every part its width, where the recipe has a budget."""
+        if self.recipe.budget is None:
+            return
+        self.recipe = spend(
+            self.recipe, self.model, self.structure, self.source, self.shapes, self.batches, self.store, self.device, self.progress,
+            lambda: self._load_outer(everything=True),
+        )  # fmt: skip
+        self.shared_head = shared_heads(self.structure, self.recipe)
+
     # --- helpers ------------------------------------------------------------------------------------
 
     def _selected(self, names: list[str], head: bool = False) -> Linears:
@@ -279,10 +292,7 @@ class Job:
         return [(partial(run, i), self._mask(i)) for i in range(len(self.batches))]
 
     def _mask(self, i: int) -> Tensor | None:
-        batch = self.batches[i]
-        decoding = any(n == len(self.structure.stacks[s]) for s, n in self.runner.done.items()) and "decoder_input_ids" in batch
-        mask: Tensor | None = batch.get("decoder_attention_mask" if decoding else "attention_mask")
-        return mask if mask is not None and mask.dim() == 2 else None
+        return token_mask(self.batches[i], self.runner)
 
     def _float_head_gram(self, head: str) -> Tensor:
         return float_head_gram(

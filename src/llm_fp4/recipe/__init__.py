@@ -1,5 +1,6 @@
 """Recipe: what the user wishes. Validated before anything is loaded; unknown keys are refused."""
 
+from llm_fp4.recipe.budget import Budget
 from llm_fp4.recipe.files import dump_recipe, load_recipe
 from llm_fp4.recipe.presets import PRESETS, SUMMARIES
 from llm_fp4.recipe.schema import ModuleRule, Recipe, matches
@@ -19,6 +20,6 @@ from llm_fp4.recipe.sections import (
 )
 
 __all__ = [
-    "FLOAT_BITS", "PRESETS", "SUMMARIES", "AttentionRules", "Bits", "CacheRules", "Calibration", "InputRules", "ModuleRule", "Override", "Recipe",
+    "FLOAT_BITS", "PRESETS", "SUMMARIES", "AttentionRules", "Bits", "Budget", "CacheRules", "Calibration", "InputRules", "ModuleRule", "Override", "Recipe",
     "SearchRules", "ShiftRange", "TransformRules", "WeightRules", "dump_recipe", "load_recipe", "matches", "validated",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from llm_fp4.errors import RecipeError
 from llm_fp4.numerics import FloatFormat, PerBlock, formats_of_width, parse
+from llm_fp4.recipe.budget import Budget
 from llm_fp4.recipe.sections import (
     FLOAT_BITS,
     AttentionRules,
@@ -76,6 +77,7 @@ class Recipe(Strict):
     targets: list[str] = Field(default=["*"])
     ignore: list[str] = Field(default=[])
     overrides: list[Override] = Field(default=[])
+    budget: Budget | None = None
     seed: int = 0
 
     @model_validator(mode="after")
@@ -161,6 +163,22 @@ class Recipe(Strict):
         """Return the recipe in which the inputs of ``names`` pass a Hadamard transform, unless an override says otherwise."""
         first = Override(targets=names, input_transform="hadamard")
         return self.model_copy(update={"overrides": [first, *self.overrides]})
+
+    @property
+    def widths(self) -> str:
+        """What people are told about the widths: "4/4/4", or the budget that they are chosen for."""
+        return str(self.budget or self.bits)
+
+    def at(self, weight: int, activation: int) -> Recipe:
+        """Return the recipe with these widths everywhere that its ``bits`` do not leave in float; overrides stay."""
+        old, head = self.bits, self.bits.lm_head
+        bits = Bits(
+            embedding=weight if old.embedding != FLOAT_BITS else FLOAT_BITS,
+            weight=weight if old.weight != FLOAT_BITS else FLOAT_BITS,
+            activation=activation if old.activation != FLOAT_BITS else FLOAT_BITS,
+            lm_head=head if head in (None, FLOAT_BITS) else None if old.weight != FLOAT_BITS else weight,
+        )
+        return self.model_copy(update={"bits": bits})
 
     def embedding_formats(self) -> tuple[FloatFormat, ...]:
         """Return the candidate formats of embeddings; empty where they stay float."""

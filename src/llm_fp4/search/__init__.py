@@ -9,6 +9,7 @@ from torch import Tensor
 from llm_fp4.kernels.simulate import beyond
 from llm_fp4.plan import FixedWeight, InputPlan, SiteResult
 from llm_fp4.recipe import ModuleRule, Recipe
+from llm_fp4.search.allocation import Chosen, Part, allocate, solver, spent
 from llm_fp4.search.blocks import search_blocks
 from llm_fp4.search.cache import search_cache
 from llm_fp4.search.compensation import compensate_site
@@ -17,10 +18,14 @@ from llm_fp4.search.embedding import embedding_plan
 from llm_fp4.search.minmax import minmax
 from llm_fp4.search.offsets import choose_variant, folded_biases, variants
 from llm_fp4.search.products import ProductSample, search_product
-from llm_fp4.search.sinks import sink_ratio
+from llm_fp4.search.quick import quick_input, quick_table, quick_weight
+from llm_fp4.search.sinks import scale_per_token, sink_ratio
 from llm_fp4.statistics import SiteStatistics
 
-__all__ = ["ProductSample", "embedding_plan", "search_cache", "search_product", "search_site", "sink_ratio"]
+__all__ = [
+    "Chosen", "Part", "ProductSample", "allocate", "embedding_plan", "quick_input", "quick_table", "quick_weight", "search_cache", "search_product",
+    "search_site", "sink_ratio", "solver", "spent",
+]  # fmt: skip
 
 
 def search_site(
@@ -43,10 +48,9 @@ def search_site(
         result = search_blocks(name, weights, statistics, rules, recipe)
         result.bias = folded_biases(weights, statistics, result, None, correct)
         return result
-    ratio = sink_ratio(statistics.token_absmax()) if rule.input_formats else None
-    per_token, reason = rule.granularity == "per_token", ""
-    if ratio is not None and not per_token and recipe.inputs.sinks == "per_token" and ratio > recipe.inputs.sink_ratio:
-        per_token = True
+    per_token, ratio = scale_per_token(statistics, rule, recipe) if rule.input_formats else (False, None)
+    reason = ""
+    if per_token and rule.granularity != "per_token":
         reason = f"scale per token: the largest token is {ratio:.0f} times the median, which one static scale cannot span"
     if recipe.method in ("minmax", "smoothquant"):
         smooth = recipe.method == "smoothquant"
