@@ -80,10 +80,9 @@ def _check_budget(recipe: Recipe, structure: Structure, names: list[str]) -> Non
     assert recipe.budget is not None
     if recipe.method == "smoothquant":
         raise UnsupportedError("a budget beside method smoothquant is not implemented; use fpq or minmax")
-    if recipe.budget.bytes is not None and recipe.transforms.learned:
-        raise UnsupportedError(
-            "budget.bytes does not count learned maps of inputs, so both together are not implemented; use average_bits or kl"
-        )
+    uncounted = "learned maps" if recipe.transforms.learned else "offsets" if recipe.inputs.offset != "none" else ""
+    if recipe.budget.bytes is not None and uncounted:
+        raise UnsupportedError(f"budget.bytes does not count {uncounted} of inputs; give average_bits or kl instead")
     weights, inputs = [], []
     for weight, activation in recipe.budget.pairs:
         rules = recipe.at(weight, activation)
