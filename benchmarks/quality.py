@@ -4,7 +4,8 @@
 
 G = ln(perplexity / float perplexity). A row is BITS:RECIPE, with ``!`` after the bits to ignore the output head. ``--cost``
 also gives each row's time in forward passes of the float model over the same calibration tokens (the median of three).
-``--average-bits`` lets the widths of every row be chosen by measured sensitivity, ``--per-token`` gives inputs a scale per token.
+``--average-bits`` lets the widths of every row be chosen by measured sensitivity, ``--per-token`` gives inputs a scale per token,
+``--sinks`` says what sites with attention sinks get, in the recipe's place.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import shutil
 import statistics
 import time
+from typing import Any
 
 import torch
 from common import WORK, record, smollm2, spread, texts
@@ -32,7 +34,9 @@ ROWS = [
 ]  # fmt: skip
 
 
-def recipe_of(row: str, rounds: int, average_bits: float | None = None, per_token: bool = False, **search: object) -> Recipe:
+def recipe_of(
+    row: str, rounds: int, average_bits: float | None = None, per_token: bool = False, sinks: str | None = None, **search: object
+) -> Recipe:
     """Return the recipe of a row."""
     bits, _, name = row.partition(":")
     recipe = llm_fp4.load_recipe(name)
@@ -42,8 +46,9 @@ def recipe_of(row: str, rounds: int, average_bits: float | None = None, per_toke
         "ignore": ["lm_head"] if "!" in bits else [],
     }
     changes |= {"budget": Budget(average_bits=average_bits)} if average_bits is not None else {}
-    per_token_rules = {"granularity": "per_token", "shift_range": "search"}
-    changes |= {"inputs": recipe.inputs.model_copy(update=per_token_rules)} if per_token else {}
+    rules: dict[str, object] = {"granularity": "per_token", "shift_range": "search"} if per_token else {}
+    rules |= {"sinks": sinks} if sinks else {}
+    changes |= {"inputs": recipe.inputs.model_copy(update=rules)} if rules else {}
     return recipe.model_copy(update=changes)
 
 
@@ -59,6 +64,12 @@ def forward_seconds(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     return statistics.median(seconds)
 
 
+def _sinks(plan: dict[str, Any]) -> dict[str, object]:
+    """Return the prefix of a plan, and how many of its inputs have a scale per token."""
+    per_token = sum(site["granularity"] == "per_token" for site in plan["inputs"].values())
+    return {"prefix": plan.get("prefix", {}).get("tokens"), "per_token_inputs": per_token, "inputs": len(plan["inputs"])}
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rows", nargs="+", default=ROWS)
@@ -68,6 +79,7 @@ def main() -> None:
     arguments.add_argument("--propagation", choices=("sequential", "parallel"), default="sequential")
     arguments.add_argument("--average-bits", type=float)
     arguments.add_argument("--per-token", action="store_true")
+    arguments.add_argument("--sinks", choices=("per_token", "static", "prefix"))
     arguments.add_argument("--cost", action="store_true")
     arguments.add_argument("--name", default="quality")
     a = arguments.parse_args()
@@ -81,14 +93,15 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name("checkpoint.partial"), ignore_errors=True)
         start = time.perf_counter()
-        wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, propagation=a.propagation)
+        wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, a.sinks, propagation=a.propagation)
         llm_fp4.quantize(source, out, wish, tokens=tokens)
         seconds = time.perf_counter() - start
         result = compare(reference, {row: llm_fp4.load(out)}, measured)
         flat, ours = result["float"], result[row]
         gap = math.log(ours.perplexity / flat.perplexity)
         # measured beside the row, as the machine's speed drifts
-        plan = json.loads((out / "plan.json").read_text()).get("budget")
+        decided = json.loads((out / "plan.json").read_text())
+        plan = decided.get("budget")
         budget = {k: plan[k] for k in ("limit", "takes", "narrowest", "kept_high", "tokens", "forward_passes")} if plan else {}
         forwards = {"forwards": seconds / forward_seconds(reference, tokens)} if a.cost else {}
         rows.append(
@@ -104,6 +117,7 @@ def main() -> None:
                 "rounds": a.rounds,
                 **forwards,
                 **({"per_token": True} if a.per_token else {}),
+                **({"sinks": a.sinks, **_sinks(decided)} if a.sinks else {}),
                 **({"budget": budget} if budget else {}),
             }
         )

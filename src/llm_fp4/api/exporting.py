@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llm_fp4.api.loading import load
-from llm_fp4.checkpoint import read_attention, read_caches, read_config, verify
+from llm_fp4.checkpoint import read_attention, read_caches, read_config, read_prefix, verify
 from llm_fp4.errors import OutputError, UnsupportedError
 from llm_fp4.export import TARGETS, Holding, PackedWeights
 from llm_fp4.models import open_tokenizer
@@ -47,6 +47,10 @@ def hold(path: str | Path, target: str) -> Holding:
     if caches := read_caches(read_config(folder)["quantization_config"], str(folder)):
         raise UnsupportedError(
             f"{target} cannot hold keys and values in codes ({next(iter(caches))}); quantize again without --cache-bits to export"
+        )
+    if prefix := read_prefix(read_config(folder)["quantization_config"], str(folder)):
+        raise UnsupportedError(
+            f"{target} cannot hold the prefix that attention sees ({next(iter(prefix))}); quantize again with inputs.sinks per_token to export"
         )
     holding: Holding = importlib.import_module(TARGETS[target]).hold(manifest, PackedWeights(folder, manifest))
     return holding

@@ -15,7 +15,7 @@ from llm_fp4.api.prepare import checked_device
 from llm_fp4.checkpoint import METHOD, Manifest, read_config, verify
 from llm_fp4.errors import CheckpointError
 from llm_fp4.models import FloatModel, check_sizes, open_model, open_tokenizer
-from llm_fp4.nn import CacheCodes, PackedModule, QuantLinear
+from llm_fp4.nn import AttentionPrefix, CacheCodes, PackedModule, QuantLinear
 from llm_fp4.numerics import scale_values
 from llm_fp4.progress import Progress, silent
 from llm_fp4.storage import TensorFiles
@@ -123,6 +123,8 @@ def _check_values(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, CacheCodes) and not all(bool((b.isfinite() & (b > 0)).all()) for b in module.buffers()):
             raise CheckpointError(f"the scales in {name} are not all positive numbers; the checkpoint is damaged, quantize again")
+        if isinstance(module, AttentionPrefix) and not all(bool(b.isfinite().all()) for b in module.buffers()):
+            raise CheckpointError(f"the keys and values in {name} are not all numbers; the checkpoint is damaged, quantize again")
         if not isinstance(module, PackedModule):
             continue
         for kept in module.kept:

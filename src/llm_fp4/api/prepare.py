@@ -152,8 +152,17 @@ def float32_everywhere(model: nn.Module, device: torch.device) -> Iterator[None]
 def route_attention(model: nn.Module, recipe: Recipe) -> None:
     """Let the attention of ``model`` run where its products can be seen and quantized, if the recipe wants that.
 
-    Where the model has no such seam its attention stays in float, and the plan says so.
+    Where the model has no such seam its attention stays in float, and the plan says so; a prefix is refused then.
     """
+    if recipe.inputs.sinks == "prefix":
+        from llm_fp4.integrations.attention import use_prefixed_attention
+
+        if not use_prefixed_attention(model):
+            raise UnsupportedError(
+                f"{type(model).__name__} does not run attention through transformers' interface, so a prefix has no place in it; "
+                "set inputs.sinks to per_token"
+            )
+
     if recipe.attention_formats()[0] or recipe.cache_formats():
         from llm_fp4.integrations.attention import use_quantized_attention
 

@@ -27,7 +27,7 @@ from llm_fp4.api.provenance import digest, fingerprint, own_version
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError, UnsupportedError
 from llm_fp4.models import Batch, FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
-from llm_fp4.nn import CACHE, CHILD, QuantEmbedding, forget_wholes, put_together, share_inputs
+from llm_fp4.nn import CACHE, CHILD, PREFIX, QuantEmbedding, forget_wholes, put_together, share_inputs
 from llm_fp4.pipeline import Job, parts
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
@@ -198,6 +198,7 @@ def _quantize_in_place(model: nn.Module, batches: Iterable[Any], recipe: Recipe,
         for module in model.modules():
             module._modules.pop(CHILD, None)
             module._modules.pop(CACHE, None)
+            module._modules.pop(PREFIX, None)
         if attention is not None:
             cast(Any, model).set_attn_implementation(attention)
         raise
@@ -209,6 +210,9 @@ def _quantize_in_place(model: nn.Module, batches: Iterable[Any], recipe: Recipe,
     for name in (*structure.embeddings, *structure.aliases):
         if isinstance(table := model.get_submodule(name), QuantEmbedding):
             table._dtype = table._dtype.to(dtypes[f"{structure.aliases.get(name, name)}.weight"])
+    unseen = recipe.inputs.sinks == "prefix" and not any(PREFIX in m._modules for m in model.modules())
+    if unseen and attention is not None:
+        cast(Any, model).set_attn_implementation(attention)
     if recipe.cache_formats():
         from llm_fp4.integrations.cache import keep_in_codes
 

@@ -16,9 +16,10 @@ from llm_fp4.checkpoint.manifest import (
     verify,
 )
 from llm_fp4.checkpoint.outputs import BlockOutputs
+from llm_fp4.checkpoint.prefix import read_prefix
 from llm_fp4.checkpoint.run_store import RunStore
 
 __all__ = [
     "METHOD", "STORED", "VERSION", "BlockOutputs", "Manifest", "ModuleEntry", "RunStore", "finish_checkpoint", "manifest_of_plans",
-    "read_attention", "read_caches", "read_config", "read_manifest", "site_spec", "verify",
+    "read_attention", "read_caches", "read_config", "read_manifest", "read_prefix", "site_spec", "verify",
 ]  # fmt: skip

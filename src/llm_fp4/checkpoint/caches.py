@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from llm_fp4.errors import CheckpointError, LlmFp4Error
-from llm_fp4.plan import CacheSpec
+from llm_fp4.plan import CacheSpec, PrefixSpec
 from llm_fp4.storage import TensorFiles
 
 
@@ -33,13 +34,13 @@ def read_caches(config: dict[str, Any], where: str) -> dict[str, CacheSpec]:
         ) from None
 
 
-def verify_caches(caches: dict[str, CacheSpec], files: TensorFiles, child: str) -> None:
-    """Raise CheckpointError where a scale of a cache is missing, or of another shape or type.
+def verify_states(specs: Mapping[str, CacheSpec | PrefixSpec], files: TensorFiles, child: str) -> None:
+    """Raise CheckpointError where a float32 tensor that attention modules hold by ``specs`` is missing, or of another shape or type.
 
     Args:
-        child: the name of the module that holds the scales.
+        child: the name of the module inside the attention that holds them.
     """
-    for name, spec in caches.items():
+    for name, spec in specs.items():
         for own, shape in spec.shapes.items():
             full = f"{name}.{child}.{own}"
             if full not in files.where:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from llm_fp4.checkpoint.attention import attention_of_plans
 from llm_fp4.checkpoint.caches import caches_of_plans
 from llm_fp4.checkpoint.manifest import METHOD, VERSION, manifest_of_plans
+from llm_fp4.checkpoint.prefix import prefix_of_plans
 from llm_fp4.checkpoint.run_store import RunStore
 from llm_fp4.storage import output_error, write_json, write_text
 
@@ -39,6 +40,9 @@ def finish_checkpoint(
         description = {**description, "attention": attention}
     if caches := caches_of_plans(plans):
         description = {**description, "cache": caches}
+    prefix = store.kept("prefix")
+    if modules_with := prefix_of_plans(plans):
+        description = {**description, "prefix": {"tokens": (prefix or {})["tokens"], "modules": modules_with}}
     quantization = {"quant_method": METHOD, "version": VERSION, **description, "modules": modules}
     write_json(folder / "config.json", {**config, "quantization_config": quantization})
     inputs = {n: p for plan in plans for n, p in plan["inputs"].items()}
@@ -49,6 +53,7 @@ def finish_checkpoint(
     if budget := store.kept("budget"):
         decided["budget"] = budget
     decided |= {"cache": caches} if caches else {}
+    decided |= {"prefix": prefix} if prefix else {}
     write_json(folder / "plan.json", {"version": VERSION, **description, **decided})
     write_text(folder / "recipe.yaml", recipe_yaml)
     weight_map, size = store.weight_map(), 0

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from llm_fp4.checkpoint.attention import read_attention, verify_attention
-from llm_fp4.checkpoint.caches import read_caches, verify_caches
+from llm_fp4.checkpoint.caches import read_caches, verify_states
+from llm_fp4.checkpoint.prefix import read_prefix
 from llm_fp4.errors import CheckpointError, LlmFp4Error
-from llm_fp4.nn import CACHE, CHILD
+from llm_fp4.nn import CACHE, CHILD, PREFIX
 from llm_fp4.numerics import FloatFormat, PerBlock, packed_width, parse, parse_granularity
 from llm_fp4.plan import InputSpec
 from llm_fp4.storage import TensorFiles
@@ -216,7 +217,8 @@ def verify(folder: Path) -> Manifest:
     manifest = read_manifest(quantization, str(folder))
     files = TensorFiles(folder, CheckpointError)
     verify_attention(read_attention(quantization, str(folder)), files, CHILD)
-    verify_caches(read_caches(quantization, str(folder)), files, CACHE)
+    verify_states(read_caches(quantization, str(folder)), files, CACHE)
+    verify_states(read_prefix(quantization, str(folder)), files, PREFIX)
     for name, entry in manifest.items():
         for suffix, shape in entry.tensors().items():
             full = f"{name}.{suffix}"

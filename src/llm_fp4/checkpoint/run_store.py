@@ -135,6 +135,14 @@ class RunStore:
         path = self.state / "gradients.safetensors"
         return _tensors(path, self.folder) if path.is_file() else None
 
+    def keep_prefix(self, hidden: Tensor) -> None:
+        """Store what the first block reads of the prefix."""
+        ranks.first(lambda: write_tensors(self.state / "prefix.safetensors", {"hidden": hidden}))
+
+    def prefix(self) -> Tensor:
+        """Return what :meth:`keep_prefix` stored."""
+        return _tensors(self.state / "prefix.safetensors", self.folder)["hidden"]
+
     def keep(self, name: str, data: dict[str, Any]) -> None:
         """Store what was decided before the first unit."""
         ranks.first(lambda: write_json(self.state / f"{name}.json", data))

@@ -10,23 +10,25 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llm_fp4.checkpoint import METHOD, Manifest, read_attention, read_caches, read_manifest
+from llm_fp4.checkpoint import METHOD, Manifest, read_attention, read_caches, read_manifest, read_prefix
 from llm_fp4.errors import CheckpointError
 from llm_fp4.nn import (
     CACHE,
     CHILD,
+    AttentionPrefix,
     AttentionProducts,
     CacheCodes,
     PackedModule,
     borrow_weight,
     forget_wholes,
     fused_experts,
+    place_prefix,
     replace_module,
     share_inputs,
     share_weight,
     take_apart,
 )
-from llm_fp4.plan import AttentionSpec, CacheSpec
+from llm_fp4.plan import AttentionSpec, CacheSpec, PrefixSpec
 
 
 @register_quantization_config(METHOD)
@@ -59,6 +61,7 @@ class LlmFp4Quantizer(HfQuantizer):  # type: ignore[misc]  # as above
         install(model, manifest)
         install_attention(model, read_attention(self.quantization_config.to_dict(), "config.json"))
         install_caches(model, read_caches(self.quantization_config.to_dict(), "config.json"))
+        install_prefix(model, read_prefix(self.quantization_config.to_dict(), "config.json"))
         # transformers ties parameters by name; these names are gone, and packed weights are shared after loading
         for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
             keys = getattr(model, attribute, None)
@@ -128,12 +131,31 @@ def install_caches(model: nn.Module, caches: dict[str, CacheSpec]) -> None:
     keep_in_codes(model)
 
 
+def install_prefix(model: nn.Module, prefix: dict[str, PrefixSpec]) -> None:
+    """Give every attention module that is listed the place for its prefix, and route attention past it.
+
+    Raises:
+        CheckpointError: the model has no such module, or its attention cannot be routed.
+    """
+    if not prefix:
+        return
+    from llm_fp4.integrations.attention import use_prefixed_attention  # only now, as above
+
+    for name, spec in prefix.items():
+        owner = _attention(model, name, "prefix of")
+        place_prefix(owner, AttentionPrefix(spec, _device(owner, model)))
+    if not use_prefixed_attention(model):
+        raise CheckpointError(
+            f"{type(model).__name__} does not run attention through transformers' interface here; use the version that quantized it"
+        )
+
+
 def _attention(model: nn.Module, name: str, what: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
         raise CheckpointError(
-            f"the checkpoint quantizes the {what} {name}, which {type(model).__name__} does not have; they do not belong together"
+            f"the checkpoint describes the {what} {name}, which {type(model).__name__} does not have; they do not belong together"
         ) from None
 
 

@@ -25,7 +25,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
-from llm_fp4.checkpoint import METHOD, STORED, Manifest, ModuleEntry, read_attention, read_caches, read_manifest, verify
+from llm_fp4.checkpoint import METHOD, STORED, Manifest, ModuleEntry, read_attention, read_caches, read_manifest, read_prefix, verify
 from llm_fp4.errors import CheckpointError, UnsupportedError
 from llm_fp4.integrations.vllm_layers import BlockParameter, InputParameter, Part, RowParameter, WeightParameter, counted, missing
 from llm_fp4.numerics import decode, packed_width, unpack
@@ -61,6 +61,10 @@ class LlmFp4VllmConfig(QuantizationConfig):  # type: ignore[misc]
             )
         if caches := read_caches(config, "config.json"):
             raise UnsupportedError(f"vLLM has a cache of its own for {next(iter(caches))}; quantize again without --cache-bits")
+        if prefix := read_prefix(config, "config.json"):
+            raise UnsupportedError(
+                f"vLLM has no place for the prefix that {next(iter(prefix))} sees; quantize again with inputs.sinks per_token"
+            )
         return cls(read_manifest(config, "config.json"))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

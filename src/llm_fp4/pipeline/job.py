@@ -24,20 +24,22 @@ from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.attention import AttentionSites
 from llm_fp4.pipeline.budget import spend
 from llm_fp4.pipeline.caches import decide_caches, place_caches
+from llm_fp4.pipeline.choosing import prefix_run
 from llm_fp4.pipeline.embeddings import lookups, quantize_embedding, selected_embeddings, stored_table
 from llm_fp4.pipeline.learning import learn_transforms
 from llm_fp4.pipeline.memory import settle
+from llm_fp4.pipeline.prefix import PrefixRun
 from llm_fp4.pipeline.rotating import rotated
 from llm_fp4.pipeline.sampling import token_mask
 from llm_fp4.pipeline.sites import Decided, Linears, quantized_layers, selected_linears, split_sites, stored_layer
 from llm_fp4.pipeline.tied import Runs, float_head_gram, parts, shared_heads
 from llm_fp4.pipeline.waves import Wave, decide_wave, waves
-from llm_fp4.plan import ATTENTION_INPUTS, CACHE_TENSORS, FixedWeight, WeightPlan
+from llm_fp4.plan import ATTENTION_INPUTS, CACHE_TENSORS, PREFIX_TENSORS, FixedWeight, WeightPlan
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe
 from llm_fp4.transforms import InputTransform
 
-PACKED = (*STORED, *(f"{n}_scale" for n in ATTENTION_INPUTS), *CACHE_TENSORS)  # stored as they are
+PACKED = (*STORED, *(f"{n}_scale" for n in ATTENTION_INPUTS), *CACHE_TENSORS, *PREFIX_TENSORS)  # stored as they are
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Job:
         self.sequential = self.recipe.search.propagation == "sequential"
         self.shared_head = shared_heads(self.structure, self.recipe)
         self.tables: dict[str, QuantizedTensor] = {}  # of an in-memory run
+        self.prefix: PrefixRun | None = None
         self.later: dict[str, nn.Module] = {}  # what the float model's own inputs must not see yet
 
     def run(self) -> None:
@@ -74,6 +77,7 @@ class Job:
         units = self.store.units
         self._rotate()
         self._spend()
+        self.prefix = self._prefix()
         self.progress("quantize", self.store.done, units)
         self._resume()
         for unit in range(self.store.done, units):
@@ -139,6 +143,8 @@ class Job:
     def _quantize_block(self, name: str, plans: dict[str, Any]) -> None:
         selected = self._selected(self.structure.linears[name])
         run = partial(self.runner.run, name)
+        if self.prefix is not None:
+            plans["prefix"] = self.prefix.place(name)
         if not self.sequential:
             self._save_outputs(name)
         attention = AttentionSites(
@@ -247,6 +253,13 @@ class Job:
             lambda: self._load_outer(everything=True),
         )  # fmt: skip
         self.shared_head = shared_heads(self.structure, self.recipe)
+
+    def _prefix(self) -> PrefixRun | None:
+        """Return what gives every block the prefix that takes the part of the attention sink, where the recipe wants one."""
+        return prefix_run(
+            self.recipe, self.model, self.structure, self.source, self.batches, self.store, self.device, self.progress,
+            self.runner.done, lambda: self._load_outer(everything=True),
+        )  # fmt: skip
 
     # --- helpers ------------------------------------------------------------------------------------
 

@@ -165,7 +165,7 @@ def _tops(
     found: dict[str, Tensor | None] = {}
     for s, parts in tokens.items():
         absmax = torch.cat(parts)
-        sinks = recipe.inputs.sinks == "per_token" and sink_ratio(absmax) > recipe.inputs.sink_ratio
+        sinks = recipe.inputs.sinks != "static" and sink_ratio(absmax) > recipe.inputs.sink_ratio
         found[s] = None if sinks or rules[s].granularity == "per_token" else absmax.amax()
     return found
 

@@ -89,6 +89,22 @@ class Recipe(Strict):
                 raise ValueError("search.objective fisher is not implemented with transforms.rotation; leave one of them out")
         return self
 
+    @model_validator(mode="after")
+    def _check_prefix(self) -> Recipe:
+        if self.inputs.sinks == "prefix":
+            if self.inputs.granularity == "per_block":
+                raise ValueError(
+                    "inputs.sinks prefix serves static scales, and block scales are made as inputs arrive; leave one of them out"
+                )
+            others = {
+                "search.objective fisher": self.search.objective == "fisher", "a budget": self.budget is not None,
+                "quantized attention products": self.attention.bits != FLOAT_BITS,
+                "a quantized cache": self.cache.bits != FLOAT_BITS,
+            }  # fmt: skip
+            if other := next((n for n, wanted in others.items() if wanted), None):
+                raise ValueError(f"inputs.sinks prefix and {other} are not implemented together; set inputs.sinks to per_token")
+        return self
+
     def selects(self, name: str) -> bool:
         """Return whether the module called ``name`` is to be quantized."""
         return any(matches(p, name) for p in self.targets) and not any(matches(p, name) for p in self.ignore)

@@ -101,7 +101,8 @@ class InputRules(_BlockRules):
     ``shift``: pre-shifted exponent bias. ``shift_range``: its largest shift: "format" as the paper has it (2^e - 1), "int8" the
     most that one int8 limb holds, a number, or "search": 0 or either, by error at each site.
     ``sinks``: what to do with a site whose largest token exceeds the median token ``sink_ratio`` times: "per_token" gives
-    that site a scale per token, "static" keeps the one scale.
+    that site a scale per token, "static" keeps the one scale; "prefix" puts a few tokens before every sequence that take the part of
+    the sink, in float, and gives a scale per token where that does not help. ``prefix_tokens``: the most tokens of a prefix.
     ``offset``: "mean" subtracts each channel's mean before rounding, at sites where that lowers the output error; biases make up
     for it. ``unsigned``: inputs with hardly a negative value take unsigned formats, their minimum subtracted, where that does.
     """
@@ -110,8 +111,9 @@ class InputRules(_BlockRules):
     granularity: Literal["per_tensor", "per_token", "per_block"] = "per_tensor"
     shift: bool = True
     shift_range: ShiftRange = "format"
-    sinks: Literal["per_token", "static"] = "per_token"
+    sinks: Literal["per_token", "static", "prefix"] = "per_token"
     sink_ratio: float = Field(default=8.0, gt=1)
+    prefix_tokens: int = Field(default=4, ge=1, le=8)
     offset: Literal["none", "mean"] = "none"
     unsigned: bool = True
 

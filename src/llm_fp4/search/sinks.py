@@ -26,5 +26,5 @@ def sink_ratio(token_absmax: Tensor) -> float:
 def scale_per_token(statistics: SiteStatistics, rule: ModuleRule, recipe: Recipe) -> tuple[bool, float]:
     """Return whether an input gets a scale per token, by its rule or for its sinks, and its sink ratio."""
     ratio = sink_ratio(statistics.token_absmax())
-    found = recipe.inputs.sinks == "per_token" and ratio > recipe.inputs.sink_ratio
+    found = recipe.inputs.sinks != "static" and ratio > recipe.inputs.sink_ratio
     return rule.granularity == "per_token" or found, ratio

@@ -1,0 +1,133 @@
+"""A prefix of a few tokens that one attention sees before every sequence: their keys and values, made once by the float model.
+
+The prefix stands at positions -tokens ... -1, so that nothing else need know of it: positions, masks, lengths and caches are those of
+the sequence alone. It takes the part of the attention sink, and no token of the sequence has to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from llm_fp4.errors import UnsupportedError
+from llm_fp4.plan import PREFIX_TENSORS, PrefixSpec
+
+PREFIX = "attention_prefix"  # the name of the module that holds the states, inside the attention module
+PREFIXED = ("llm_fp4", "llm_fp4_sdpa")  # the attention implementations that see it
+
+KeyListener = Callable[[nn.Module, Tensor, Tensor], None]
+"""Told of every attention: its module, and the (batch, heads, tokens, channels) keys and values of the sequence."""
+_listeners: list[KeyListener] = []
+
+
+class AttentionPrefix(nn.Module):
+    """The float32 keys and values of the prefix; lives inside the attention module."""
+
+    prefix_key: Tensor
+    prefix_value: Tensor
+
+    def __init__(self, spec: PrefixSpec, device: Any = None) -> None:
+        super().__init__()
+        self.spec = spec
+        for name, shape in spec.shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32, device=device))
+
+    @classmethod
+    def of(cls, key: Tensor, value: Tensor) -> AttentionPrefix:
+        """Return the prefix of (heads, tokens, channels) keys and values."""
+        made = cls(PrefixSpec(key.shape[1], key.shape[0], key.shape[2], value.shape[2]))
+        made.prefix_key, made.prefix_value = key.detach().float().clone(), value.detach().float().clone()
+        return made
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttentionPrefix:
+        before = {n: cast(Tensor, self._buffers[n]) for n in PREFIX_TENSORS}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own is not typed
+        for name, tensor in before.items():  # a change of dtype leaves them alone
+            self._buffers[name] = tensor.to(cast(Tensor, self._buffers[name]).device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.spec.tokens}"
+
+
+def place_prefix(module: nn.Module, prefix: AttentionPrefix) -> None:
+    """Let the attention ``module`` see ``prefix`` from now on; it refuses to run where it would not."""
+    if PREFIX not in module._modules:
+        module.register_forward_pre_hook(_check_routed)
+    module.add_module(PREFIX, prefix)
+
+
+def _check_routed(module: nn.Module, args: Any) -> None:
+    """Raise UnsupportedError where the module's attention goes another way than past its prefix."""
+    way = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if PREFIX in module._modules and way not in PREFIXED:
+        raise UnsupportedError(
+            f"this checkpoint's attention sees a prefix of {prefix_length(module)} tokens, which attn_implementation {way!r} would leave out; "
+            f"set {PREFIXED[0]!r} or {PREFIXED[1]!r}"
+        )
+
+
+def prefix_length(module: nn.Module) -> int:
+    """Return how many tokens of a prefix the attention ``module`` sees."""
+    prefix = module._modules.get(PREFIX)
+    return prefix.spec.tokens if isinstance(prefix, AttentionPrefix) else 0
+
+
+def prefixed(
+    attention: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
+) -> Any:  # fmt: skip
+    """Return what ``attention`` gives for ``module`` with its prefix before the keys and values.
+
+    Args:
+        query: (batch, heads, rows, channels). key, value: (batch, kv heads, columns, channels).
+        mask: (batch or 1, heads or 1, rows, columns), additive or boolean; None: what the module's ``is_causal`` says.
+    Returns:
+        The attention's own result; weights, where it gives them, have a column for each token of the prefix first.
+    Raises:
+        UnsupportedError: the mask is of another kind, or the model adds a bias by position.
+    """
+    for listener in _listeners:
+        listener(module, key, value)
+    prefix = module._modules.get(PREFIX)
+    if not isinstance(prefix, AttentionPrefix):
+        return attention(module, query, key, value, mask, *args, **kwargs)
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedError(f"{type(module).__name__} adds a bias by position, which the prefix of its checkpoint has none of")
+    if mask is None:
+        mask = _causal(module, query, key, kwargs)
+    if mask is not None:
+        mask = _seen_first(mask, prefix.spec.tokens, module)
+    batch = key.shape[0]
+    key = torch.cat((prefix.prefix_key.to(key.dtype).expand(batch, -1, -1, -1), key), 2)
+    value = torch.cat((prefix.prefix_value.to(value.dtype).expand(batch, -1, -1, -1), value), 2)
+    return attention(module, query, key, value, mask, *args, **kwargs)
+
+
+def _causal(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the mask that attention without one stands for; None where every query sees every key."""
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if not causal or query.shape[2] == 1:
+        return None
+    return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril_()[None, None]
+
+
+def _seen_first(mask: Tensor, tokens: int, module: nn.Module) -> Tensor:
+    """Return ``mask`` with ``tokens`` more columns first, which every query sees."""
+    if mask.dim() != 4:
+        raise UnsupportedError(f"{type(module).__name__} masks by a tensor of {mask.dim()} axes, in which its prefix has no place")
+    return nn.functional.pad(mask, (tokens, 0), value=1.0 if mask.dtype == torch.bool else 0.0)
+
+
+@contextmanager
+def hearing_keys(listener: KeyListener) -> Iterator[None]:
+    """Tell ``listener`` of the keys and values of every attention while the block holds."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
