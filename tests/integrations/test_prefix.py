@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import llm_fp4
 from llm_fp4 import api
 from llm_fp4.checkpoint import RunStore
 from llm_fp4.errors import CheckpointError, RecipeError, UnsupportedError
-from llm_fp4.integrations.attention import use_prefixed_attention
+from llm_fp4.integrations.attention import fused_attention, quantized_attention, use_prefixed_attention
 from llm_fp4.integrations.decoder import Decoder
 from llm_fp4.models import continued, find_structure
-from llm_fp4.nn import PREFIX
+from llm_fp4.nn import PREFIX, AttentionPrefix
+from llm_fp4.pipeline.choosing import Trial
 from llm_fp4.pipeline.prefix import PrefixRun
 from llm_fp4.recipe import Recipe
 
@@ -33,6 +35,9 @@ TOKENS = [7, 0]
 def recipe(**fields: Any) -> Recipe:
     data = {"search": {"rounds": 1}, "bits": {"embedding": 16}, "ignore": ["lm_head", "self_attn.*"], **fields}
     return Recipe.model_validate({**data, "inputs": {"sinks": "prefix", **fields.get("inputs", {})}})
+
+
+EVERYTHING: dict[str, Any] = {"bits": {"embedding": 4, "activation": 8}, "ignore": []}
 
 
 @pytest.fixture
@@ -70,6 +75,9 @@ def sinking(tiny_llama: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return build
+
+
+TRIED = [Trial([], 3, 3, 99.0, 5), Trial([0], 3, 0, 2.0, None)]  # a sink, and a prefix that takes it away
 
 
 def behind(model: Any, tmp_path: Path, tokens: list[int] = TOKENS) -> Any:
@@ -177,3 +185,167 @@ def test_a_prefix_takes_the_sink_away(sinking: Callable[..., Any], tmp_path: Pat
     assert prefix["tokens"] == [0]
     assert [(t["tokens"], t["outlying"]) for t in prefix["tried"]] == [([], 3), ([0], 0)]
     assert "prefix" not in plans["per_token"]
+
+
+def test_without_a_sink_there_is_no_prefix(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "float")
+    out = llm_fp4.quantize(tmp_path / "float", tmp_path / "out", recipe(), tokens=IDS)
+    assert "0 tokens in 3 sequences exceed the median 64 times" in json.loads((out / "plan.json").read_text())["prefix"]["reason"]
+    loaded, memory = llm_fp4.load(out), llm_fp4.quantize_module(tiny_llama(), [IDS], recipe())
+    for model in (loaded, memory):
+        assert not any(PREFIX in m._modules for m in model.modules())
+        assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_disk_equals_memory_and_the_prefix_is_of_the_float_model(sinking: Callable[..., Any], tmp_path: Path) -> None:
+    sinking().save_pretrained(tmp_path / "float")
+    out = llm_fp4.quantize(tmp_path / "float", tmp_path / "out", recipe(**EVERYTHING), tokens=IDS)
+    model, memory = llm_fp4.load(out), llm_fp4.quantize_module(sinking(), [IDS], recipe(**EVERYTHING))
+    assert torch.allclose(model(IDS).logits, memory(IDS).logits, atol=1e-3)
+    exact = behind(sinking(), tmp_path, [0])
+    for ours, flat in zip(model.model.layers, exact.model.layers, strict=True):
+        for name in ("prefix_key", "prefix_value"):
+            got, wanted = (getattr(b.self_attn.get_submodule(PREFIX), name) for b in (ours, flat))
+            assert torch.allclose(got, wanted, atol=1e-5)
+    pieces, cache = [], None
+    for piece in IDS.split(6, 1):
+        logits, cache = continued(model, piece, cache)
+        pieces.append(logits)
+    assert torch.allclose(torch.cat(pieces, 1), model(IDS).logits, atol=1e-3)
+    eager = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
+    assert eager.config._attn_implementation == "llm_fp4"
+    assert torch.allclose(eager(IDS).logits, model(IDS).logits, atol=1e-3)
+    narrow = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    assert narrow.model.layers[0].self_attn.get_submodule(PREFIX).prefix_key.dtype == torch.float32
+    assert (narrow(IDS).logits.float() - model(IDS).logits).norm() < 0.2 * model(IDS).logits.norm()
+    report = llm_fp4.inspect_model(out)
+    assert report.prefix is not None
+    assert report.prefix["tokens"] == [0]
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(llm_fp4.load(tmp_path / "again")(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+def test_an_interrupted_run_gives_the_same_bytes(sinking: Callable[..., Any], tmp_path: Path, done: int, rotation: str) -> None:
+    sinking().save_pretrained(tmp_path / "float")
+    wish = recipe(**EVERYTHING, transforms={"rotation": rotation})
+
+    def strike(stage: str, so_far: int, total: int) -> None:
+        if (stage, so_far) == ("quantize", done):
+            raise KeyboardInterrupt
+
+    whole_run = llm_fp4.quantize(tmp_path / "float", tmp_path / "whole", wish, tokens=IDS)
+    with pytest.raises(KeyboardInterrupt):
+        llm_fp4.quantize(tmp_path / "float", tmp_path / "out", wish, tokens=IDS, progress=strike)
+    continued_run = llm_fp4.quantize(tmp_path / "float", tmp_path / "out", wish, tokens=IDS)
+    assert json.loads((whole_run / "plan.json").read_text())["prefix"]["tokens"] == [0]
+    for file in whole_run.iterdir():
+        assert file.read_bytes() == (continued_run / file.name).read_bytes(), file.name
+
+
+@torch.no_grad()
+def test_compiled_decoding_reads_the_prefix(sinking: Callable[..., Any], tmp_path: Path) -> None:
+    sinking().save_pretrained(tmp_path / "float")
+    every = recipe(bits={"embedding": 16, "activation": 4}, ignore=[])
+    model = llm_fp4.load(llm_fp4.quantize(tmp_path / "float", tmp_path / "out", every, tokens=IDS))
+    try:
+        decoder = Decoder(model, capacity=4)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    found = torch.stack([decoder.prompt(IDS[0, :5]), *(decoder.step(int(t)) for t in IDS[0, 5:])])
+    expected = model(IDS[:1]).logits[0, 4:]
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("way", [fused_attention, quantized_attention])
+def test_attention_without_a_mask_is_causal_behind_its_prefix(tiny_llama: Callable[..., Any], way: Callable[..., Any]) -> None:
+    module = tiny_llama().model.layers[0].self_attn
+    query, key, value = (
+        torch.randn(2, heads, 5, 8, generator=torch.Generator().manual_seed(i)) for i, heads in enumerate((4, 2, 2))
+    )
+    module.add_module(PREFIX, AttentionPrefix.of(key[0, :, :3], value[1, :, :3]))
+    seen = torch.cat((torch.ones(5, 3), torch.ones(5, 5).tril()), 1).bool()
+    keys, values = (torch.cat((p[None].expand(2, -1, -1, -1), x), 2) for p, x in ((key[0, :, :3], key), (value[1, :, :3], value)))
+    wide = (x.repeat_interleave(2, 1) for x in (keys, values))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=seen).transpose(1, 2)
+    found, _ = way(module, query, key, value, None, scaling=module.scaling)
+    assert torch.allclose(found, expected, atol=1e-5)
+    last, _ = way(module, query[:, :, -1:], key, value, None, scaling=module.scaling)  # one token sees all
+    assert torch.allclose(last, expected[:, -1:], atol=1e-5)
+    free, _ = way(module, query, key, value, torch.ones(2, 1, 5, 5).bool().logical_not().float(), scaling=module.scaling)
+    assert not torch.allclose(free, expected, atol=1e-2)
+
+
+def test_another_attention_implementation_does_not_lose_the_prefix(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    model = behind(tiny_llama(), tmp_path)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedError, match="a prefix of 2 tokens, which attn_implementation 'sdpa' would leave out"):
+        model(IDS)
+
+
+SMALL: dict[str, Any] = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=260)), "adds positions"),
+        (lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, intermediate_size=64)), "does not generate"),
+        (lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=260, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
+         "it has 2 stacks"),
+        (lambda: transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4)), "BloomForCausalLM"),
+        (lambda: transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2)), "MambaForCausalLM"),
+    ],
+)  # fmt: skip
+def test_models_without_a_place_for_a_prefix_are_refused(
+    make: Callable[[], Any], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_fp4.pipeline.choosing._choose", lambda trials, first, recipe, progress: TRIED)
+    with pytest.raises(UnsupportedError, match=f"{why}.*set inputs.sinks to per_token"):
+        llm_fp4.quantize_module(make().eval(), [{"input_ids": IDS}], recipe(ignore=[]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"inputs": {"granularity": "per_block"}}, "serves static scales"),
+        ({"attention": {"bits": 8}}, "quantized attention products are not implemented together"),
+        ({"cache": {"bits": 8}}, "a quantized cache are not implemented together"),
+        ({"budget": {"average_bits": 5}}, "a budget are not implemented together"),
+        ({"search": {"objective": "fisher"}}, "fisher are not implemented together"),
+        ({"inputs": {"prefix_tokens": 9}}, "less than or equal to 8"),
+    ],
+)
+def test_recipes_that_have_no_place_for_a_prefix_are_refused(fields: dict[str, Any], why: str, tmp_path: Path) -> None:
+    (tmp_path / "wish.yaml").write_text(json.dumps({**fields, "inputs": {"sinks": "prefix", **fields.get("inputs", {})}}))
+    with pytest.raises(RecipeError, match=why):
+        llm_fp4.load_recipe(str(tmp_path / "wish.yaml"))
+
+
+def test_targets_and_damage_are_named(sinking: Callable[..., Any], tmp_path: Path) -> None:
+    sinking().save_pretrained(tmp_path / "float")
+    out = llm_fp4.quantize(tmp_path / "float", tmp_path / "out", recipe(), tokens=IDS)
+    for target in ("openvino", "onnx", "compressed-tensors", "gguf", "humming"):
+        with pytest.raises(
+            UnsupportedError, match=f"{target} cannot hold the prefix that attention sees .model.layers.0.self_attn"
+        ):
+            api.hold(out, target)
+    shard = next(f for f in sorted(out.glob("*.safetensors")) if any(PREFIX in n for n in load_file(f)))
+    tensors = load_file(shard)
+    name = next(n for n in tensors if n.endswith("prefix_key"))
+    for damaged, why in (
+        ({**tensors, name: tensors[name] * float("nan")}, "are not all numbers"),
+        ({**tensors, name: tensors[name][:, :, :4].contiguous()}, "the manifest makes it"),
+        ({n: t for n, t in tensors.items() if n != name}, "lacks the tensor .*prefix_key"),
+    ):
+        save_file(damaged, shard, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=why):
+            llm_fp4.load(out)
+    save_file(tensors, shard, {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["prefix"]["modules"]["model.layers.0.self_attn"]["tokens"] = 0
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="prefix that cannot be read"):
+        llm_fp4.load(out)

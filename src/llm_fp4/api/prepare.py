@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llm_fp4 import ranks
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.models import Batch, Structure, WeightSource, find_structure, kept_whole, separate_experts
+from llm_fp4.pipeline.prefix import check_prefix
 from llm_fp4.recipe import FLOAT_BITS, Recipe, matches
 
 _BATCH_TOKENS = 2048
@@ -38,6 +39,8 @@ def checked_structure(model: nn.Module, recipe: Recipe, source: WeightSource | N
             f"{type(model).__name__} has no list of repeated blocks with linear layers; nothing can be quantized block by block"
         )
     _check_cache(model, recipe)
+    if recipe.inputs.sinks == "prefix":
+        check_prefix(model, structure)
     recipe.check_patterns([*structure.names(), *structure.others, *structure.floats, *whole])
     for pattern in recipe.targets:
         named = [n for n in structure.floats if matches(pattern, n)]

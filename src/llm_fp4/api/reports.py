@@ -102,6 +102,8 @@ class Inspection:
         average: mean widths of a checkpoint.
         budget: where widths were chosen for one: what they take, what they predict and why, as in plan.json.
         cache: its attention modules, where their keys and values are kept in codes or were to be.
+        prefix: the tokens before every sequence that take the part of the attention sink, what was tried and why, as in plan.json; for
+            a float model the most there may be; None where none is wanted.
     """
 
     origin: str
@@ -118,3 +120,4 @@ class Inspection:
     cache: list[CacheReport] = field(default_factory=list)
     average: AverageBits = AverageBits()
     budget: dict[str, Any] | None = None
+    prefix: dict[str, Any] | None = None

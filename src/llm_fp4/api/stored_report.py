@@ -53,7 +53,7 @@ def stored_report(folder: Path) -> Inspection:
     return Inspection(
         str(folder), True, architecture, **described, bytes=size, float_bytes=plan.get("float_bytes"), layers=layers,
         attention=_attention(folder, plan), cache=_cache(folder, plan), fingerprint=quantization.get("fingerprint"),
-        average=_average(manifest, sites), budget=plan.get("budget"),
+        average=_average(manifest, sites), budget=plan.get("budget"), prefix=plan.get("prefix"),
     )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ def wished_report(opened: FloatModel, recipe: Recipe) -> Inspection:
         layers,
         _wished_attention(opened.model, recipe),
         cache=_wished_cache(recipe),
+        prefix=recipe.prefix_wish,
     )
 
 

@@ -9,6 +9,7 @@ import typer
 
 from llm_fp4.cli import options
 from llm_fp4.cli.budget import average, print_budget
+from llm_fp4.cli.prefix import prefix_line
 from llm_fp4.cli.render import print_facts, print_json, print_table, size
 from llm_fp4.cli.working import working
 
@@ -97,9 +98,12 @@ def inspect(
 
 def _head(found: Inspection) -> None:
     disk = ("on disk" if found.quantized else "parameters", size(found.bytes))
+    sinks = [("prefix", line)] if (line := prefix_line(found.prefix)) else []
     before = [("float model", size(found.float_bytes)), ("average bits", average(found.average))] if found.quantized else []
     what = f"{found.recipe} ({found.method}) {found.bits}" if found.quantized else f"{found.recipe} {found.bits} would give"
-    print_facts([("model", f"{found.origin} ({found.architecture})"), ("recipe", what), disk, *before, *_made(found.fingerprint)])
+    print_facts(
+        [("model", f"{found.origin} ({found.architecture})"), ("recipe", what), disk, *before, *sinks, *_made(found.fingerprint)]
+    )
 
 
 def _made(fingerprint: dict[str, Any] | None) -> list[tuple[str, str]]:

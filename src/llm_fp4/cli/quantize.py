@@ -15,6 +15,7 @@ from llm_fp4 import ranks
 from llm_fp4.cli import options
 from llm_fp4.cli.budget import average, print_budget
 from llm_fp4.cli.failures import Interrupted
+from llm_fp4.cli.prefix import prefix_line
 from llm_fp4.cli.render import print_facts, print_json, size
 from llm_fp4.cli.working import working
 from llm_fp4.recipe import Recipe
@@ -124,7 +125,7 @@ def _print_result(made: Path, out: str, seconds: float, as_json: bool) -> None:
         print_json({
             "out": str(made), "recipe": found.recipe, "method": found.method, "bits": found.bits, "float_bytes": found.float_bytes,
             "bytes": found.bytes, "seconds": seconds, "layers": len(packed), "float_layers": len(found.layers) - len(packed),
-            "weight_formats": weights, "input_formats": inputs, "average_bits": asdict(found.average), "budget": found.budget,
+            "weight_formats": weights, "input_formats": inputs, "average_bits": asdict(found.average), "budget": found.budget, "prefix": found.prefix,
         })  # fmt: skip
         return
     ratio = f" ({found.float_bytes / found.bytes:.2f} times smaller)" if found.float_bytes else ""
@@ -133,6 +134,7 @@ def _print_result(made: Path, out: str, seconds: float, as_json: bool) -> None:
         ("on disk", size(found.bytes) + ratio), ("seconds", f"{seconds:.1f}"),
         ("layers", f"{len(packed)} quantized, {len(found.layers) - len(packed)} left in float"),
         ("weight formats", _counts(weights)), ("input formats", _counts(inputs)), ("average bits", average(found.average)),
+        *([("prefix", line)] if (line := prefix_line(found.prefix)) else []),
     ])  # fmt: skip
     print_budget(found.budget)
 
@@ -158,7 +160,8 @@ def _plan(source: str, wish: Recipe, device: str, as_json: bool) -> None:
         print_json(asdict(cost))
         return
     print_facts([
-        ("recipe", f"{wish.name} {wish.widths}"), ("float model", size(cost.float_bytes)),
+        ("recipe", f"{wish.name} {wish.widths}"),
+        *([("prefix", line)] if (line := prefix_line(wish.prefix_wish)) else []), ("float model", size(cost.float_bytes)),
         ("on disk", f"{size(cost.bytes)} ({cost.float_bytes / cost.bytes:.2f} times smaller)"),
         ("memory", f"about {size(cost.memory)} beside the program"),
         ("work", f"about {cost.passes:.0f} forward passes over the calibration tokens"), ("minutes", f"about {cost.seconds / 60:.1f}"),

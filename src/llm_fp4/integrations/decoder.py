@@ -1,6 +1,7 @@
 """Decoding one token at a time in compiled code: all blocks in one call, no Python between the products.
 
-The prompt runs through the model itself; its keys and values are copied once. Hidden states and the cache are float32.
+The prompt runs through the model itself; its keys and values are copied once. Hidden states and the cache are float32. A prefix lies
+first in the cache, before position 0.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.integrations.recognize import check_decoder, epsilon, operands_of
 from llm_fp4.kernels.decoding import Block, Norm, Pinned, Site, run_blocks, site_linear
-from llm_fp4.nn import QuantLinear
+from llm_fp4.nn import PREFIX, QuantLinear, prefix_length
 
 _PROBE = 6  # tokens on which the model and its decoder are compared
 _AGREE = {torch.float32: 0.05, torch.float64: 0.05}  # relative difference of the logits; a rounding that falls the other
@@ -49,8 +50,8 @@ class Decoder:
         out = self.model(ids[None], use_cache=True, logits_to_keep=1)
         self._grow(len(ids))
         for i, layer in enumerate(out.past_key_values.layers):
-            self._keys[i][:, : len(ids)] = layer.keys[0]
-            self._values[i][:, : len(ids)] = layer.values[0]
+            self._keys[i][:, self._before : self._before + len(ids)] = layer.keys[0]
+            self._values[i][:, self._before : self._before + len(ids)] = layer.values[0]
         self.position = len(ids)
         logits: Tensor = out.logits[0, -1].float()
         return logits
@@ -61,7 +62,7 @@ class Decoder:
         if self.position == self.capacity:
             self._grow(2 * self.capacity)
         hidden = self.model.model.embed_tokens(torch.tensor([token]))[0].float().contiguous()
-        run_blocks(self._blocks, hidden, self._cosine[self.position], self._sine[self.position], self.position)
+        run_blocks(self._blocks, hidden, self._cosine[self.position], self._sine[self.position], self._before + self.position)
         self.position += 1
         head = self.model.lm_head
         if self._head is not None:
@@ -75,6 +76,7 @@ class Decoder:
 
     def _build(self) -> None:
         inner = self.model.model
+        self._before = prefix_length(inner.layers[0].self_attn)
         self._keys, self._values = [[torch.empty(0)] * len(inner.layers) for _ in range(2)]
         self._blocks = (Block * len(inner.layers))(*(self._block(b, f"model.layers.{i}") for i, b in enumerate(inner.layers)))
         self._norm = self._norm_of(inner.norm)
@@ -110,14 +112,16 @@ class Decoder:
         """Make the cache hold at least ``capacity`` tokens, keeping those it has."""
         if capacity <= self.capacity:
             return
-        for cache in (self._keys, self._values):
+        for cache, state in ((self._keys, "prefix_key"), (self._values, "prefix_value")):
             for i, block in enumerate(self._blocks):
-                larger = torch.zeros(block.kv_heads, capacity, block.head_dim)
+                larger = torch.zeros(block.kv_heads, self._before + capacity, block.head_dim)
                 if self.capacity:
-                    larger[:, : self.capacity] = cache[i]
+                    larger[:, : self._before + self.capacity] = cache[i]
+                elif self._before:
+                    larger[:, : self._before] = getattr(self.model.model.layers[i].self_attn.get_submodule(PREFIX), state)
                 cache[i] = larger
         for block, keys, values in zip(self._blocks, self._keys, self._values, strict=True):
-            block.keys, block.values, block.capacity = keys.data_ptr(), values.data_ptr(), capacity
+            block.keys, block.values, block.capacity = keys.data_ptr(), values.data_ptr(), self._before + capacity
         cosine, sine = self.model.model.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
         self._cosine, self._sine = cosine[0].float().contiguous(), sine[0].float().contiguous()
         self.capacity = capacity

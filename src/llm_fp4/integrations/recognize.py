@@ -9,10 +9,10 @@ from torch import nn
 
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.kernels import decoding
-from llm_fp4.nn import CacheCodes, QuantLinear
+from llm_fp4.nn import PREFIX, CacheCodes, QuantLinear, prefix_length
 
 _BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb", PREFIX}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
@@ -36,6 +36,8 @@ def check_decoder(model: Any) -> None:
     kinds = getattr(model.config, "layer_types", None)
     windows = getattr(model.config, "sliding_window", None) if kinds is None else set(kinds) - {"full_attention"}
     _require(not windows, "it attends to a sliding window or to another part of the text")
+    lengths = {prefix_length(block.self_attn) for block in inner.layers if hasattr(block, "self_attn")}
+    _require(len(lengths) < 2, "its blocks see prefixes of different lengths")
     for i, block in enumerate(inner.layers):
         _check_block(block, f"model.layers.{i}")
 

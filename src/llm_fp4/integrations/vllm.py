@@ -25,7 +25,17 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
-from llm_fp4.checkpoint import METHOD, STORED, Manifest, ModuleEntry, read_attention, read_caches, read_manifest, read_prefix, verify
+from llm_fp4.checkpoint import (
+    METHOD,
+    STORED,
+    Manifest,
+    ModuleEntry,
+    read_attention,
+    read_caches,
+    read_manifest,
+    read_prefix,
+    verify,
+)
 from llm_fp4.errors import CheckpointError, UnsupportedError
 from llm_fp4.integrations.vllm_layers import BlockParameter, InputParameter, Part, RowParameter, WeightParameter, counted, missing
 from llm_fp4.numerics import decode, packed_width, unpack

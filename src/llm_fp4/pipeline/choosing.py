@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from llm_fp4.checkpoint import RunStore
-from llm_fp4.errors import UnsupportedError
 from llm_fp4.models import Batch, Structure, WeightSource
 from llm_fp4.pipeline.disturbing import FloatRun
-from llm_fp4.pipeline.prefix import PrefixRun, check_prefix, refusal
+from llm_fp4.pipeline.prefix import PrefixRun, refusal
 from llm_fp4.pipeline.sampling import few
 from llm_fp4.pipeline.sites import selected_linears
 from llm_fp4.progress import Progress
@@ -67,7 +66,6 @@ def prefix_run(
     """
     if recipe.inputs.sinks != "prefix":
         return None
-    check_prefix(model, structure)
     if any(not isinstance(b.get("input_ids"), Tensor) or b["input_ids"].dim() != 2 for b in batches):
         raise refusal(model, "its calibration data are no token ids")
 
@@ -77,7 +75,9 @@ def prefix_run(
     decision = store.kept(DECISION)
     if decision is None:
         load_outer()
-        tried = _choose(_Trials(recipe, model, structure, source, few(batches, _TOKENS), device), _first(model, batches), recipe, progress)
+        tried = _choose(
+            _Trials(recipe, model, structure, source, few(batches, _TOKENS), device), _first(model, batches), recipe, progress
+        )
         decision = _decision(tried)
         if decision["tokens"]:
             run(decision["tokens"]).begin()

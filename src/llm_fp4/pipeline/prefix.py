@@ -22,7 +22,9 @@ from llm_fp4.nn import AttentionPrefix, hearing_keys, place_prefix
 
 _PROBE = 16  # tokens behind the prefix
 _TOLERANCE = 2e-3  # of the largest value; float32 rounding stays below 1e-4
-_ALONE, _WHOLE, _AFTER = range(3)  # the prefix alone; with the probe behind it, as one sequence; the probe alone, behind placed keys
+_ALONE, _WHOLE, _AFTER = range(
+    3
+)  # the prefix alone; with the probe behind it, as one sequence; the probe alone, behind placed keys
 
 
 class PrefixRun:
@@ -57,7 +59,9 @@ class PrefixRun:
 
     def _output(self, block: str, which: int) -> Any:
         whole = self.store.outputs.load(block, self.number)
-        return tree_map_only(Tensor, lambda x: self._part(which, x) if x.dim() > 1 and x.shape[1] == self.ids.shape[1] else x, whole)
+        return tree_map_only(
+            Tensor, lambda x: self._part(which, x) if x.dim() > 1 and x.shape[1] == self.ids.shape[1] else x, whole
+        )
 
     # --- before the first block ---------------------------------------------------------------------
 

@@ -181,6 +181,11 @@ class Recipe(Strict):
         return self.model_copy(update={"overrides": [first, *self.overrides]})
 
     @property
+    def prefix_wish(self) -> dict[str, int] | None:
+        """The most tokens a prefix may have, None where none is wanted."""
+        return {"most": self.inputs.prefix_tokens} if self.inputs.sinks == "prefix" else None
+
+    @property
     def widths(self) -> str:
         """What people are told about the widths: "4/4/4", or the budget that they are chosen for."""
         return str(self.budget or self.bits)
