@@ -5,7 +5,7 @@
 G = ln(perplexity / float perplexity). A row is BITS:RECIPE, with ``!`` after the bits to ignore the output head. ``--cost``
 also gives each row's time in forward passes of the float model over the same calibration tokens (the median of three).
 ``--average-bits`` lets the widths of every row be chosen by measured sensitivity, ``--per-token`` gives inputs a scale per token,
-``--sinks`` says what sites with attention sinks get, in the recipe's place.
+``--sinks`` says what sites with attention sinks get, in the recipe's place; of several, every row is made with each.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
     arguments.add_argument("--propagation", choices=("sequential", "parallel"), default="sequential")
     arguments.add_argument("--average-bits", type=float)
     arguments.add_argument("--per-token", action="store_true")
-    arguments.add_argument("--sinks", choices=("per_token", "static", "prefix"))
+    arguments.add_argument("--sinks", nargs="+", choices=("per_token", "static", "prefix"))
     arguments.add_argument("--cost", action="store_true")
     arguments.add_argument("--name", default="quality")
     a = arguments.parse_args()
@@ -88,12 +88,12 @@ def main() -> None:
     tokens, measured = spread(calibration, a.sequences), spread(held_out, a.windows)
     reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     rows = []
-    for row in a.rows:
+    for row, sinks in ((row, sinks) for row in a.rows for sinks in a.sinks or [None]):
         out = WORK / "checkpoint"
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name("checkpoint.partial"), ignore_errors=True)
         start = time.perf_counter()
-        wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, a.sinks, propagation=a.propagation)
+        wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, sinks, propagation=a.propagation)
         llm_fp4.quantize(source, out, wish, tokens=tokens)
         seconds = time.perf_counter() - start
         result = compare(reference, {row: llm_fp4.load(out)}, measured)
@@ -117,12 +117,13 @@ def main() -> None:
                 "rounds": a.rounds,
                 **forwards,
                 **({"per_token": True} if a.per_token else {}),
-                **({"sinks": a.sinks, **_sinks(decided)} if a.sinks else {}),
+                **({"sinks": sinks, **_sinks(decided)} if sinks else {}),
                 **({"budget": budget} if budget else {}),
             }
         )
         print(
-            f"{row:24s} ppl {ours.perplexity:14.2f} (float {flat.perplexity:.2f})  G {gap:6.3f}  KL {ours.kl:6.3f}  top-1 {ours.top1:.3f}  {seconds:5.0f} s"
+            f"{row:24s} {sinks or '':9s} ppl {ours.perplexity:14.2f} (float {flat.perplexity:.2f})  G {gap:6.3f}  "
+            f"KL {ours.kl:6.3f}  top-1 {ours.top1:.3f}  {seconds:5.0f} s"
             + "".join(f" = {f:.1f} forward passes" for f in forwards.values()),
             flush=True,
         )

@@ -260,22 +260,27 @@ def test_compiled_decoding_reads_the_prefix(sinking: Callable[..., Any], tmp_pat
 
 
 @pytest.mark.parametrize("way", [fused_attention, quantized_attention])
-def test_attention_without_a_mask_is_causal_behind_its_prefix(tiny_llama: Callable[..., Any], way: Callable[..., Any]) -> None:
+def test_attention_without_a_mask_sees_what_it_saw_and_its_prefix(tiny_llama: Callable[..., Any], way: Callable[..., Any]) -> None:
     module = tiny_llama().model.layers[0].self_attn
     query, key, value = (
         torch.randn(2, heads, 5, 8, generator=torch.Generator().manual_seed(i)) for i, heads in enumerate((4, 2, 2))
     )
     module.add_module(PREFIX, AttentionPrefix.of(key[0, :, :3], value[1, :, :3]))
-    seen = torch.cat((torch.ones(5, 3), torch.ones(5, 5).tril()), 1).bool()
+    later = torch.ones(5, 5).tril() if way is fused_attention else torch.ones(5, 5)  # only fused attention takes none for causal
+    seen = torch.cat((torch.ones(5, 3), later), 1).bool()
     keys, values = (torch.cat((p[None].expand(2, -1, -1, -1), x), 2) for p, x in ((key[0, :, :3], key), (value[1, :, :3], value)))
-    wide = (x.repeat_interleave(2, 1) for x in (keys, values))
+    wide = [x.repeat_interleave(2, 1) for x in (keys, values)]
     expected = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=seen).transpose(1, 2)
     found, _ = way(module, query, key, value, None, scaling=module.scaling)
     assert torch.allclose(found, expected, atol=1e-5)
     last, _ = way(module, query[:, :, -1:], key, value, None, scaling=module.scaling)  # one token sees all
     assert torch.allclose(last, expected[:, -1:], atol=1e-5)
-    free, _ = way(module, query, key, value, torch.ones(2, 1, 5, 5).bool().logical_not().float(), scaling=module.scaling)
-    assert not torch.allclose(free, expected, atol=1e-2)
+    own = torch.eye(5).bool()[None, None]  # every token sees itself
+    mask = own if way is fused_attention else torch.where(own, 0.0, torch.finfo(torch.float32).min)
+    alone = torch.cat((torch.ones(5, 3).bool(), own[0, 0]), 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=alone).transpose(1, 2)
+    found, _ = way(module, query, key, value, mask, scaling=module.scaling)
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_another_attention_implementation_does_not_lose_the_prefix(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:

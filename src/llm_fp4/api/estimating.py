@@ -14,6 +14,7 @@ from llm_fp4.api.fisher import gradient_memory
 from llm_fp4.api.prepare import checked_structure
 from llm_fp4.models import FloatModel, Structure, open_model, weight_shapes
 from llm_fp4.pipeline import checkpoint_bytes
+from llm_fp4.pipeline.choosing import TRIAL_TOKENS
 from llm_fp4.recipe import ModuleRule, Recipe, load_recipe
 from llm_fp4.search.shift import shift_limits
 
@@ -28,8 +29,8 @@ class Estimate:
     """The cost of a run.
 
     Attributes:
-        bytes: of the checkpoint's tensors; channel shifts are counted wherever the search may choose them, offsets nowhere. Under a
-            budget: what it allows, and for a divergence the widest choices.
+        bytes: of the checkpoint's tensors; channel shifts are counted wherever the search may choose them, offsets and a prefix nowhere.
+            Under a budget: what it allows, and for a divergence the widest choices.
         float_bytes: of the float model's. memory: bytes beside the program itself and mapped files.
         passes: work in forward passes of the float model over all calibration tokens.
         seconds: of the products, which alone are counted, at the speed of float32 measured now: bfloat16 and int8 units do them
@@ -65,6 +66,8 @@ def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, d
     if recipe.budget is not None:
         parts = sum(len(structure.linears[b]) for b in structure.blocks) / len(structure.blocks) + _sites(structure)
         work += (2 + parts * (len(structure.blocks) + 1) / 2) * forward * recipe.budget.tokens / tokens
+    if recipe.inputs.sinks == "prefix":
+        work += 2 * forward * min(1.0, TRIAL_TOKENS / tokens)  # without a prefix and with the shortest
     if recipe.transforms.learned:
         inner = 2.0 * tokens * sum(math.prod(shapes[n]) for n in _inner(structure))
         work += (_GRADIENT * recipe.transforms.epochs + 2) * inner

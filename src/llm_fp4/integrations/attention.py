@@ -11,13 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from llm_fp4.errors import UnsupportedError
-from llm_fp4.nn import PREFIXED, attend, prefixed
+from llm_fp4.nn import PREFIXED, attend, prefix_length, prefixed, unsaid_mask
 
 IMPLEMENTATION, FUSED = PREFIXED
 
@@ -43,9 +43,13 @@ def quantized_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return prefixed(partial(attend, own_attention(module)), module, *args, **kwargs)
 
 
-def fused_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def fused_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Any:
     """Return the output of torch's fused attention."""
-    return prefixed(sdpa_attention_forward, module, *args, **kwargs)
+    if attention_mask is None and prefix_length(module):
+        attention_mask = unsaid_mask(module, query, key, kwargs.get("is_causal"))
+    return prefixed(sdpa_attention_forward, module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def explicit_mask(*args: Any, **kwargs: Any) -> Any:

@@ -78,13 +78,13 @@ def prefix_length(module: nn.Module) -> int:
 
 
 def prefixed(
-    attention: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
+    attention: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Any:  # fmt: skip
     """Return what ``attention`` gives for ``module`` with its prefix before the keys and values.
 
     Args:
         query: (batch, heads, rows, channels). key, value: (batch, kv heads, columns, channels).
-        mask: (batch or 1, heads or 1, rows, columns), additive or boolean; None: what the module's ``is_causal`` says.
+        attention_mask: (batch or 1, heads or 1, rows, columns), additive or boolean; None: every query sees every key.
     Returns:
         The attention's own result; weights, where it gives them, have a column for each token of the prefix first.
     Raises:
@@ -94,23 +94,19 @@ def prefixed(
         listener(module, key, value)
     prefix = module._modules.get(PREFIX)
     if not isinstance(prefix, AttentionPrefix):
-        return attention(module, query, key, value, mask, *args, **kwargs)
+        return attention(module, query, key, value, attention_mask, *args, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise UnsupportedError(f"{type(module).__name__} adds a bias by position, which the prefix of its checkpoint has none of")
-    if mask is None:
-        mask = _causal(module, query, key, kwargs)
-    if mask is not None:
-        mask = _seen_first(mask, prefix.spec.tokens, module)
+    mask = None if attention_mask is None else _seen_first(attention_mask, prefix.spec.tokens, module)
     batch = key.shape[0]
     key = torch.cat((prefix.prefix_key.to(key.dtype).expand(batch, -1, -1, -1), key), 2)
     value = torch.cat((prefix.prefix_value.to(value.dtype).expand(batch, -1, -1, -1), value), 2)
     return attention(module, query, key, value, mask, *args, **kwargs)
 
 
-def _causal(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the mask that attention without one stands for; None where every query sees every key."""
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
+def unsaid_mask(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None) -> Tensor | None:
+    """Return the mask that fused attention without one stands for; None where every query sees every key."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal or query.shape[2] == 1:
         return None
     return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril_()[None, None]

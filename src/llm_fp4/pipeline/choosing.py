@@ -28,7 +28,7 @@ from llm_fp4.recipe import Recipe
 DECISION = "prefix"  # its name in the run's state
 STAGE = "attention-sink prefix"
 OUTLYING = 64.0  # times the median, as PrefixQuant has it
-_TOKENS = 1024  # of calibration text
+TRIAL_TOKENS = 1024  # of calibration text
 
 
 @dataclass
@@ -76,7 +76,7 @@ def prefix_run(
     if decision is None:
         load_outer()
         tried = _choose(
-            _Trials(recipe, model, structure, source, few(batches, _TOKENS), device), _first(model, batches), recipe, progress
+            _Trials(recipe, model, structure, source, few(batches, TRIAL_TOKENS), device), _first(model, batches), recipe, progress
         )
         decision = _decision(tried)
         if decision["tokens"]:
