@@ -87,6 +87,10 @@ class Recipe(Strict):
                 raise ValueError(f"search.objective fisher weighs a search, and method {self.method} has none; use fpq")
             if self.transforms.rotation != "none":
                 raise ValueError("search.objective fisher is not implemented with transforms.rotation; leave one of them out")
+        if self.search.compensation == "gptaq" and self.search.propagation == "parallel":
+            raise ValueError(
+                "search.compensation gptaq makes up for what earlier layers do to an input, and with propagation parallel they do nothing; use gptq"
+            )
         return self
 
     def selects(self, name: str) -> bool:

@@ -97,13 +97,13 @@ def losses_by_tokens(
     """Return what :func:`row_losses` does, from the outputs of all tokens: cheaper than Gram matrices where tokens are few."""
     lost = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     own = ranks.own(len(weight), _ROWS)
-    for x, root in zip(statistics.chunks(), statistics.roots(), strict=True) if own else ():
+    for (x, wanted), root in zip(statistics.pairs(), statistics.roots(), strict=True) if own else ():
         q = x if quantize is None else quantize(x)
-        e = x - q
+        e = wanted - q
         for rows in own:
             w = weight[rows]
             wrong = q @ (w - values(rows)).t()
-            if quantize is not None:
+            if quantize is not None or statistics.wanted is not None:
                 wrong.addmm_(e, w.t())
             if root is not None:
                 wrong.mul_(root)
