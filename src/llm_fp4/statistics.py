@@ -100,6 +100,23 @@ class Importance:
     outputs: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class FloatRows:
+    """What the float model has at a site, token by token, where other rows arrive through quantized layers.
+
+    Attributes:
+        tokens: its rows. change: what they pass, a map of (n, in) rows; None: nothing.
+    """
+
+    tokens: TokenStore
+    change: Callable[[Tensor], Tensor] | None = None
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield (n, in) rows in order."""
+        for rows in self.tokens.rows.split(CHUNK):  # type: ignore[no-untyped-call]
+            yield rows if self.change is None else self.change(rows)
+
+
 @dataclass
 class SiteStatistics:
     """Calibration of one input site.
@@ -113,8 +130,7 @@ class SiteStatistics:
         offset: (in,) float32 that is subtracted from every row, or None.
         centered: whether output errors count without their mean, which a bias makes up for.
         base: the statistics of the same rows without offset.
-        wanted: the rows that the float model has there, where output errors count from what the layer makes of these; None: from
-            what it makes of ``tokens``.
+        wanted: where output errors count from what the float layer makes of these rows; None: from what it makes of ``tokens``.
     """
 
     name: str
@@ -125,7 +141,7 @@ class SiteStatistics:
     offset: Tensor | None = None
     centered: bool = False
     base: SiteStatistics | None = None
-    wanted: TokenStore | None = None
+    wanted: FloatRows | None = None
 
     def minus(self, offset: Tensor | None) -> SiteStatistics:
         """Return the statistics of the rows less ``offset`` (in,)."""
@@ -141,7 +157,7 @@ class SiteStatistics:
         if self.wanted is None:
             yield from ((rows, rows) for rows in self.chunks())
             return
-        for rows, wanted in zip(self.chunks(), self.wanted.rows.split(CHUNK), strict=True):  # type: ignore[no-untyped-call]
+        for rows, wanted in zip(self.chunks(), self.wanted.chunks(), strict=True):
             yield rows, self._shifted(wanted.to(self.device))
 
     def _shifted(self, rows: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from llm_fp4.search.refine import fit_scale, refine
 from llm_fp4.search.shift import channel_shift, shift_limits
 from llm_fp4.search.sinks import sink_ratio
 from llm_fp4.search.weights import choose_weight, losses_by_tokens, row_losses, weight_loss
-from llm_fp4.statistics import Gram, SiteStatistics, TokenStore
+from llm_fp4.statistics import FloatRows, Gram, SiteStatistics, TokenStore
 
 
 @pytest.fixture
@@ -391,7 +391,7 @@ def test_compensation_makes_up_for_what_earlier_layers_did(site: SiteStatistics,
     same.append(arrived)
     wish = Recipe.model_validate({"search": {"rounds": 1, "compensation": "gptaq"}})
 
-    def lost(wanted: TokenStore | None) -> float:
+    def lost(wanted: FloatRows | None) -> float:
         weight = weights()["q"]
         result = search_site("site", {"q": weight}, site, {"q": wish.rule("q")}, wish, wanted=wanted)
         plan = result.input
@@ -399,5 +399,5 @@ def test_compensation_makes_up_for_what_earlier_layers_did(site: SiteStatistics,
         rows = fake_quantize_input(arrived, plan.spec, plan.scale, plan.shift, None)
         return float((had.rows @ weight.t() - rows @ result.rounded["q"].t()).square().sum())
 
-    assert lost(had) < 0.9 * lost(None)
-    assert lost(same) == pytest.approx(lost(None), rel=1e-3)
+    assert lost(FloatRows(had)) < 0.9 * lost(None)
+    assert lost(FloatRows(same)) == pytest.approx(lost(None), rel=1e-3)

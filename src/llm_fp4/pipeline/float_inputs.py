@@ -9,7 +9,8 @@ Source: GPTAQ, arXiv:2504.02692.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +20,54 @@ from llm_fp4 import ranks
 from llm_fp4.calibration import collect
 from llm_fp4.checkpoint import BlockOutputs
 from llm_fp4.models import BlockRunner
-from llm_fp4.pipeline.placing import placed
 from llm_fp4.pipeline.sites import Linears
-from llm_fp4.statistics import TokenStore
+from llm_fp4.statistics import FloatRows
+
+_FLOAT = ".float"  # ends the names of its stored outputs: no block of a model is called so
 
 
 class FloatInputs:
-    """The float model's run through the blocks, one block behind another, its outputs beside those of the quantized blocks.
+    """The float model's run through the blocks, one after another, its outputs stored beside those of the quantized blocks.
 
     Args:
-        like: the run through the quantized blocks. outputs: where block outputs of both runs are stored.
-        outer: returns the float modules outside the blocks that were exchanged for quantized ones, by name.
+        like: the run through the quantized blocks. outputs: where the block outputs of both are stored.
+        folder: for rows. mask: of a batch, see :func:`~llm_fp4.calibration.token_rows`.
+        outer: lets everything outside the blocks be float as long as it lasts.
     """
 
-    def __init__(self, like: BlockRunner, outputs: BlockOutputs, outer: Callable[[], Linears]) -> None:
-        self.runner = BlockRunner(like.model, like.stacks, like.batches, lambda name, i: outputs.load(f"{name}{_FLOAT}", i))
-        self._outputs, self._outer = outputs, outer
+    def __init__(
+        self, like: BlockRunner, outputs: BlockOutputs, folder: Path, mask: Callable[[int], Tensor | None],
+        outer: Callable[[], AbstractContextManager[None]],
+    ) -> None:  # fmt: skip
+        self._runner = BlockRunner(like.model, like.stacks, like.batches, lambda name, i: outputs.load(f"{name}{_FLOAT}", i))
+        self._outputs, self._folder, self._mask, self._outer = outputs, folder, mask, outer
 
-    def block(self, name: str, firsts: Linears, mask: Callable[[int], Tensor | None], folder: Path) -> dict[str, TokenStore]:
-        """Return the rows that ``firsts``, one linear of every site of the block, read; its outputs are stored."""
+    def block(self, name: str, firsts: Linears) -> dict[str, FloatRows]:
+        """Return the rows that ``firsts``, one linear of every site of the block ``name``, read; its outputs are stored."""
 
-        def run(i: int) -> Any:
-            self._outputs.save(f"{name}{_FLOAT}", i, self.runner.run(name, i))
+        def run(i: int) -> None:
+            self._outputs.save(f"{name}{_FLOAT}", i, self._runner.run(name, i))
 
-        # once a stack has begun, nothing outside the blocks is read any more
-        found = self._collect(firsts, run, mask, folder, first=name.endswith(".0"))
+        # once a stack has begun its blocks read nothing from outside
+        with self._outer() if name in {names[0] for names in self._runner.stacks.values()} else nullcontext():
+            found = self._collect(firsts, run)
         ranks.wait()
         return found
 
-    def tail(self, firsts: Linears, mask: Callable[[int], Tensor | None], folder: Path) -> dict[str, TokenStore]:
+    def tail(self, firsts: Linears) -> dict[str, FloatRows]:
         """Return the rows that linears after the blocks read."""
-        return self._collect(firsts, self.runner.tail, mask, folder, first=False)
+        return self._collect(firsts, self._runner.tail)
 
-    def _collect(
-        self, firsts: Linears, run: Callable[[int], Any], mask: Callable[[int], Tensor | None], folder: Path, first: bool
-    ) -> dict[str, TokenStore]:
+    def _collect(self, firsts: Linears, run: Callable[[int], Any]) -> dict[str, FloatRows]:
+        folder = self._folder / "float"
         folder.mkdir(exist_ok=True)
-        runs = [(lambda i=i: run(i), mask(i)) for i in range(len(self.runner.batches))]
-        with placed(self.runner.model, self._outer()) if first else nullcontext():
-            return collect(firsts, runs, folder, whole=True)
+        runs = [(partial(run, i), self._mask(i)) for i in range(len(self._runner.batches))]
+        return {n: FloatRows(rows) for n, rows in collect(firsts, runs, folder, whole=True).items()}
 
     def finish(self, name: str) -> None:
         """Count the block ``name`` as finished."""
-        self.runner.finish(name)
+        self._runner.finish(name)
 
     def last_blocks(self) -> list[str]:
-        """Return the names under which the outputs are stored that are still read."""
-        return [f"{name}{_FLOAT}" for name in self.runner.last_blocks()]
-
-
-_FLOAT = ".float"  # ends the names of stored outputs: no block of a model is called so
+        """Return the names under which those outputs are stored that are still read."""
+        return [f"{name}{_FLOAT}" for name in self._runner.last_blocks()]

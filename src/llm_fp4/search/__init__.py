@@ -20,7 +20,7 @@ from llm_fp4.search.offsets import choose_variant, folded_biases, variants
 from llm_fp4.search.products import ProductSample, search_product
 from llm_fp4.search.quick import quick_input, quick_table, quick_weight
 from llm_fp4.search.sinks import scale_per_token, sink_ratio
-from llm_fp4.statistics import SiteStatistics, TokenStore
+from llm_fp4.statistics import FloatRows, SiteStatistics
 
 __all__ = [
     "Chosen", "Part", "ProductSample", "allocate", "embedding_plan", "quick_input", "quick_table", "quick_weight", "search_cache", "search_product",
@@ -30,7 +30,7 @@ __all__ = [
 
 def search_site(
     name: str, weights: dict[str, Tensor], statistics: SiteStatistics, rules: dict[str, ModuleRule], recipe: Recipe,
-    fixed: dict[str, FixedWeight] | None = None, wanted: TokenStore | None = None,
+    fixed: dict[str, FixedWeight] | None = None, wanted: FloatRows | None = None,
 ) -> SiteResult:  # fmt: skip
     """Return the plan of one input site by the recipe's method.
 

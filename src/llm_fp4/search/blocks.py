@@ -18,14 +18,14 @@ from llm_fp4.search.block_compensation import BlockGrid, compensate_blocks
 from llm_fp4.search.block_scales import search_scales
 from llm_fp4.search.inputs import InputChoice, OutputError
 from llm_fp4.search.weights import output_energy, output_loss
-from llm_fp4.statistics import SiteStatistics, TokenStore
+from llm_fp4.statistics import FloatRows, SiteStatistics
 
 _OCTAVES = 8  # of candidates below the scale of an input's largest magnitude
 
 
 def search_blocks(
     name: str, weights: dict[str, Tensor], statistics: SiteStatistics, rules: dict[str, ModuleRule], recipe: Recipe,
-    wanted: TokenStore | None = None,
+    wanted: FloatRows | None = None,
 ) -> SiteResult:  # fmt: skip
     """Return the plan of a site whose weights have block scales.
 
