@@ -106,10 +106,12 @@ class FloatRows:
 
     Attributes:
         tokens: its rows. change: what they pass, a map of (n, in) rows; None: nothing.
+        share: how much of the way from the rows that arrive to these is wanted, 0 to 1.
     """
 
     tokens: TokenStore
     change: Callable[[Tensor], Tensor] | None = None
+    share: float = 1.0
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield (n, in) rows in order."""
@@ -158,7 +160,7 @@ class SiteStatistics:
             yield from ((rows, rows) for rows in self.chunks())
             return
         for rows, wanted in zip(self.chunks(), self.wanted.chunks(), strict=True):
-            yield rows, self._shifted(wanted.to(self.device))
+            yield rows, rows.lerp(self._shifted(wanted.to(self.device)), self.wanted.share)
 
     def _shifted(self, rows: Tensor) -> Tensor:
         return rows if self.offset is None else rows - self.offset
