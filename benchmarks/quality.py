@@ -71,6 +71,7 @@ def main() -> None:
     )
     arguments.add_argument("--propagation", choices=("sequential", "parallel"), default="sequential")
     arguments.add_argument("--compensation", choices=("none", "gptq", "gptaq"), help="instead of each row's own")
+    arguments.add_argument("--inherited", type=float, help="search.inherited of gptaq")
     arguments.add_argument("--average-bits", type=float)
     arguments.add_argument("--per-token", action="store_true")
     arguments.add_argument("--cost", action="store_true")
@@ -88,6 +89,7 @@ def main() -> None:
         shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
         start = time.perf_counter()
         search = {"propagation": a.propagation} | ({"compensation": a.compensation} if a.compensation else {})
+        search |= {"inherited": a.inherited} if a.inherited is not None else {}
         wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, **search).model_copy(update={"seed": a.seed})
         llm_fp4.quantize(source, out, wish, tokens=tokens)
         seconds = time.perf_counter() - start
@@ -110,6 +112,7 @@ def main() -> None:
                 "sequences": len(tokens),
                 "rounds": a.rounds,
                 **({"compensation": a.compensation} if a.compensation else {}),
+                **({"inherited": a.inherited} if a.inherited is not None else {}),
                 **({"length": a.length} if a.length != 512 else {}),
                 **({"seed": a.seed} if a.seed else {}),
                 **forwards,

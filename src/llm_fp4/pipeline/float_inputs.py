@@ -32,15 +32,15 @@ class FloatInputs:
     Args:
         like: the run through the quantized blocks. outputs: where the block outputs of both are stored.
         folder: for rows. mask: of a batch, see :func:`~llm_fp4.calibration.token_rows`.
-        outer: lets everything outside the blocks be float as long as it lasts.
+        outer: lets everything outside the blocks be float as long as it lasts. share: see ``FloatRows``.
     """
 
     def __init__(
         self, like: BlockRunner, outputs: BlockOutputs, folder: Path, mask: Callable[[int], Tensor | None],
-        outer: Callable[[], AbstractContextManager[None]],
+        outer: Callable[[], AbstractContextManager[None]], share: float = 1.0,
     ) -> None:  # fmt: skip
         self._runner = BlockRunner(like.model, like.stacks, like.batches, lambda name, i: outputs.load(f"{name}{_FLOAT}", i))
-        self._outputs, self._folder, self._mask, self._outer = outputs, folder, mask, outer
+        self._outputs, self._folder, self._mask, self._outer, self._share = outputs, folder, mask, outer, share
 
     def block(self, name: str, firsts: Linears) -> dict[str, FloatRows]:
         """Return the rows that ``firsts``, one linear of every site of the block ``name``, read; its outputs are stored."""
@@ -62,7 +62,7 @@ class FloatInputs:
         folder = self._folder / "float"
         folder.mkdir(exist_ok=True)
         runs = [(partial(run, i), self._mask(i)) for i in range(len(self._runner.batches))]
-        return {n: FloatRows(rows) for n, rows in collect(firsts, runs, folder, whole=True).items()}
+        return {n: FloatRows(rows, share=self._share) for n, rows in collect(firsts, runs, folder, whole=True).items()}
 
     def finish(self, name: str) -> None:
         """Count the block ``name`` as finished."""

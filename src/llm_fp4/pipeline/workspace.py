@@ -61,8 +61,10 @@ class Workspace:
         names = (*self.structure.embeddings, *self.structure.aliases, *self.structure.outer_linears)
         self._outer = {n: self.model.get_submodule(n) for n in names}
         self.floats: FloatInputs | None = None
-        if self.recipe.search.compensation == "gptaq":
-            self.floats = FloatInputs(self.runner, self.store.outputs, self.store.scratch, self.mask, self._float_outer)
+        if (search := self.recipe.search).compensation == "gptaq":
+            self.floats = FloatInputs(
+                self.runner, self.store.outputs, self.store.scratch, self.mask, self._float_outer, search.inherited
+            )
 
     @property
     def sequential(self) -> bool:
