@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from llm_fp4.calibration import inputs_of
-from llm_fp4.models import BlockRunner
+from llm_fp4.models import BlockRunner, placed
 from llm_fp4.nn import linear_weight
 from llm_fp4.numerics import FloatFormat
-from llm_fp4.pipeline.placing import placed
 from llm_fp4.recipe import ModuleRule, Recipe
 from llm_fp4.search import sink_ratio
 from llm_fp4.transforms import KroneckerTransform, SoftInput, SoftLinear

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from llm_fp4.checkpoint import STORED, RunStore
-from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, set_module, weight_shapes
+from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, placed, set_module, weight_shapes
 from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.float_inputs import FloatInputs
-from llm_fp4.pipeline.placing import placed
 from llm_fp4.pipeline.sampling import token_mask
 from llm_fp4.pipeline.sites import Decided, Linears, quantized_layers, selected_linears
 from llm_fp4.pipeline.tied import Runs, shared_heads

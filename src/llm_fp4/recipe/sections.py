@@ -14,6 +14,8 @@ FLOAT_BITS = 16  # the width that means "left in float"
 
 
 class Strict(BaseModel):
+    """A section whose unknown keys are refused and whose values stay as they were set."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 

@@ -42,7 +42,7 @@ def search_site(
     """
     statistics.check()
     rule = next(iter(rules.values()))
-    correct = recipe.search.bias_correction and recipe.method.startswith("fpq")
+    correct = recipe.searched is not None and recipe.searched.bias_correction
     statistics = replace(statistics, centered=True) if correct else statistics
     if rule.weight_blocks is not None and rule.weight_formats:
         result = search_blocks(name, weights, statistics, rules, recipe, wanted)

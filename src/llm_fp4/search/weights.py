@@ -22,7 +22,9 @@ _ROWS = 2048  # rows scored at once: bounds the temporaries of a vocabulary-size
 class InputRounding(Protocol):
     """What is decided of an input."""
 
-    def quantize(self, rows: Tensor) -> Tensor: ...
+    def quantize(self, rows: Tensor) -> Tensor:
+        """Return (n, in) rows rounded."""
+        ...
 
 
 @dataclass
