@@ -76,7 +76,13 @@ def main() -> None:
     arguments.add_argument("--sequences", type=int, default=32)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--windows", type=int, default=16)
+    arguments.add_argument("--length", type=int, default=512, help="tokens of a calibration sequence")
+    arguments.add_argument(
+        "--seed", type=int, default=0, help="of everything drawn; another one also starts at other calibration text"
+    )
     arguments.add_argument("--propagation", choices=("sequential", "parallel"), default="sequential")
+    arguments.add_argument("--compensation", choices=("none", "gptq", "gptaq"), help="instead of each row's own")
+    arguments.add_argument("--inherited", type=float, help="search.inherited of gptaq")
     arguments.add_argument("--average-bits", type=float)
     arguments.add_argument("--per-token", action="store_true")
     arguments.add_argument("--sinks", nargs="+", choices=("per_token", "static", "prefix"))
@@ -85,15 +91,18 @@ def main() -> None:
     a = arguments.parse_args()
     source = smollm2()
     calibration, held_out = texts(AutoTokenizer.from_pretrained(source))
+    calibration = calibration.flatten()[: calibration.numel() // a.length * a.length].view(-1, a.length).roll(-a.seed, 0)
     tokens, measured = spread(calibration, a.sequences), spread(held_out, a.windows)
     reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     rows = []
     for row, sinks in ((row, sinks) for row in a.rows for sinks in a.sinks or [None]):
-        out = WORK / "checkpoint"
+        out = WORK / f"{a.name}-checkpoint"
         shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(out.with_name("checkpoint.partial"), ignore_errors=True)
+        shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
         start = time.perf_counter()
-        wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, sinks, propagation=a.propagation)
+        search = {"propagation": a.propagation} | ({"compensation": a.compensation} if a.compensation else {})
+        search |= {"inherited": a.inherited} if a.inherited is not None else {}
+        wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, sinks, **search).model_copy(update={"seed": a.seed})
         llm_fp4.quantize(source, out, wish, tokens=tokens)
         seconds = time.perf_counter() - start
         result = compare(reference, {row: llm_fp4.load(out)}, measured)
@@ -115,6 +124,10 @@ def main() -> None:
                 "seconds": seconds,
                 "sequences": len(tokens),
                 "rounds": a.rounds,
+                **({"compensation": a.compensation} if a.compensation else {}),
+                **({"inherited": a.inherited} if a.inherited is not None else {}),
+                **({"length": a.length} if a.length != 512 else {}),
+                **({"seed": a.seed} if a.seed else {}),
                 **forwards,
                 **({"per_token": True} if a.per_token else {}),
                 **({"sinks": sinks, **_sinks(decided)} if sinks else {}),
