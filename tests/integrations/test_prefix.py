@@ -17,6 +17,7 @@ from torch import Tensor
 import llm_fp4
 from llm_fp4 import api
 from llm_fp4.checkpoint import RunStore
+from llm_fp4.cli.prefix import prefix_line
 from llm_fp4.errors import CheckpointError, RecipeError, UnsupportedError
 from llm_fp4.integrations.attention import fused_attention, quantized_attention, use_prefixed_attention
 from llm_fp4.integrations.decoder import Decoder
@@ -191,6 +192,9 @@ def test_without_a_sink_there_is_no_prefix(tiny_llama: Callable[..., Any], tmp_p
     tiny_llama().save_pretrained(tmp_path / "float")
     out = llm_fp4.quantize(tmp_path / "float", tmp_path / "out", recipe(), tokens=IDS)
     assert "0 tokens in 3 sequences exceed the median 64 times" in json.loads((out / "plan.json").read_text())["prefix"]["reason"]
+    assert prefix_line(llm_fp4.inspect_model(out).prefix).startswith("no prefix: 0 tokens")
+    wished = llm_fp4.inspect_model(tmp_path / "float", recipe(inputs={"prefix_tokens": 2})).prefix
+    assert prefix_line(wished) == "up to 2 tokens before every sequence, as attention sinks"
     loaded, memory = llm_fp4.load(out), llm_fp4.quantize_module(tiny_llama(), [IDS], recipe())
     for model in (loaded, memory):
         assert not any(PREFIX in m._modules for m in model.modules())
@@ -221,7 +225,7 @@ def test_disk_equals_memory_and_the_prefix_is_of_the_float_model(sinking: Callab
     assert (narrow(IDS).logits.float() - model(IDS).logits).norm() < 0.2 * model(IDS).logits.norm()
     report = llm_fp4.inspect_model(out)
     assert report.prefix is not None
-    assert report.prefix["tokens"] == [0]
+    assert prefix_line(report.prefix) == "token 0 before every sequence: 0 outlying tokens in 3 sequences, 3 without it"
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(llm_fp4.load(tmp_path / "again")(IDS).logits, model(IDS).logits)
 

@@ -15,4 +15,5 @@ def prefix_line(prefix: dict[str, Any] | None) -> str:
         return str(prefix["reason"])
     left = {len(t["tokens"]): t["outlying"] for t in prefix["tried"]}
     now, ids = left[len(prefix["tokens"])], " ".join(map(str, prefix["tokens"]))
-    return f"token {ids} before every sequence: {now} outlying tokens in {prefix['tried'][0]['sequences']} sequences, {left[0]} without it"
+    what = "tokens" if len(prefix["tokens"]) > 1 else "token"
+    return f"{what} {ids} before every sequence: {now} outlying tokens in {prefix['tried'][0]['sequences']} sequences, {left[0]} without it"
