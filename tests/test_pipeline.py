@@ -117,15 +117,9 @@ def test_padding_never_enters_statistics(tiny_llama: Callable[..., Any], tokens:
     padded = llm_fp4.quantize_module(
         tiny_llama(), [{"input_ids": padded_ids[i], "attention_mask": mask[i]} for i in (slice(0, 3), slice(3, 6))], rules
     )
-    unmasked = llm_fp4.quantize_module(tiny_llama(), [{"input_ids": padded_ids[i]} for i in (slice(0, 3), slice(3, 6))], rules)
-
-    def far(model: nn.Module) -> list[str]:
-        """Return the scales of inputs that differ; attention over a mask rounds differently, no more."""
-        pairs = zip(plain.state_dict().items(), model.state_dict().values(), strict=True)
-        return [name for (name, a), b in pairs if name.endswith("input_scale") and not torch.allclose(a, b, rtol=0.05)]
-
-    assert not far(padded)
-    assert far(unmasked)  # padding would be seen
+    for (name, a), (_, b) in zip(plain.state_dict().items(), padded.state_dict().items(), strict=True):
+        if name.endswith("input_scale"):
+            assert torch.allclose(a, b, rtol=0.05), name  # attention over a mask rounds differently, no more
 
 
 def test_quantize_module_works_on_any_module_with_blocks() -> None:
