@@ -1,4 +1,4 @@
-"""Giving memory back between two units, so that its peak does not depend on their number."""
+"""Giving memory back between two sites and two units, so that its peak does not depend on their number."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from typing import Any
 
 
 def settle() -> None:
-    """Free what a finished unit left: modules and hooks that refer to each other, then pages the C library keeps for later.
+    """Free what a finished unit left: modules and hooks that refer to each other, then what :func:`trim` gives back."""
+    gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Give back the pages that the C library keeps for later.
 
     glibc raises its limit for memory of its own mappings as large tensors are freed; later ones then come from a heap that
-    fragments a little more with every block.
+    fragments, here more and there less, as one site's matrices follow another's.
     """
-    gc.collect()
-    if (trim := _trim()) is not None:
-        trim(0)
+    if (release := _trim()) is not None:
+        release(0)
 
 
 @lru_cache(maxsize=1)

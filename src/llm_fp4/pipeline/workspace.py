@@ -15,6 +15,7 @@ from llm_fp4.checkpoint import STORED, RunStore
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, placed, set_module, weight_shapes
 from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.float_inputs import FloatInputs
+from llm_fp4.pipeline.memory import trim
 from llm_fp4.pipeline.sampling import token_mask
 from llm_fp4.pipeline.sites import Decided, Linears, quantized_layers, selected_linears
 from llm_fp4.pipeline.tied import Runs, shared_heads
@@ -88,6 +89,7 @@ class Workspace:
         Args:
             run: runs what reads the sites' inputs on the batch of a number.
         """
+        trim()
         return decide_wave(
             wave, selected, self.runs(run), self.recipe, fixed or {}, plans, self.store.scratch, self.device, head, transform,
             self.gradients, wanted,
