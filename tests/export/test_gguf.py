@@ -72,8 +72,29 @@ def test_weights_are_equal_bit_for_bit(kind: str, merging: Callable[..., Path], 
     assert found["blk.0.attn_q.bias"][1].shape == (64,)
 
 
+def rounded_to_8_bits(x: torch.Tensor) -> torch.Tensor:
+    """Return inputs as llama.cpp multiplies 4-bit weights with: int8 in blocks of 32 under a float16 step."""
+    blocks = x.unflatten(-1, (-1, 32))
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    return ((blocks / step.clamp_min(1e-30)).round() * step.half().float()).flatten(-2)
+
+
+def predictions(folder: Path, tokens: list[int], rounded: bool) -> torch.Tensor:
+    """Return our log-probabilities with inputs in float, or rounded as llama.cpp does."""
+    import llm_fp4
+    from llm_fp4.nn import QuantLinear
+
+    model = llm_fp4.load(folder, dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and rounded:
+            module.register_forward_pre_hook(lambda _, args: (rounded_to_8_bits(args[0]),))
+    with torch.no_grad():
+        result: torch.Tensor = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+    return result
+
+
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_llama_cpp_loads_and_runs_it(kind: str, merging: Callable[..., Path], tmp_path: Path) -> None:
+def test_llama_cpp_predicts_the_same(kind: str, merging: Callable[..., Path], tmp_path: Path) -> None:
     native = pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) is not installed here; see make test-engines")
     formats, rules = BLOCKS[kind]
     folder = merging(formats, "16/4/16", rules=rules, hidden_size=128, intermediate_size=256)
@@ -86,11 +107,25 @@ def test_llama_cpp_loads_and_runs_it(kind: str, merging: Callable[..., Path], tm
         free.bind(("127.0.0.1", 0))
         params.hostnames, params.port = ["127.0.0.1"], free.getsockname()[1]
     server = native.Server(params)  # raises where llama.cpp cannot load the file
-    body = {"prompt": list(range(3, 25)), "n_predict": 8, "temperature": 0, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"{server.listening_address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    assert json.load(urllib.request.urlopen(request))["content"]
+
+    def ask(**body: Any) -> Any:
+        data = json.dumps({"temperature": 0, "ignore_eos": True, **body}).encode()
+        request = urllib.request.Request(f"{server.listening_address}/completion", data, {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request))
+
+    tokens = list(range(3, 25))
+    assert ask(prompt=tokens, n_predict=8)["content"]
+    rows = torch.full((len(tokens), 260), -200.0, dtype=torch.float64)
+    for end in range(1, len(tokens) + 1):
+        # "!" is what it then says, whatever it predicts: of a token that is no whole character the server tells nothing
+        asked = {"n_predict": 1, "n_probs": 260, "logit_bias": [[2, 1000.0]]}
+        (answer,) = ask(prompt=tokens[:end], **asked)["completion_probabilities"]
+        for each in answer["top_logprobs"]:
+            rows[end - 1, each["id"]] = each["logprob"]
+    ours = predictions(folder, tokens, rounded=True)
+    kl = (ours.exp() * (ours - rows)).sum(-1)
+    assert kl.mean() <= 1e-3, kl
+    assert torch.equal(ours.argmax(-1), rows.argmax(-1))
 
 
 def test_what_gguf_would_round_is_refused(quantized: Callable[..., Path], tmp_path: Path) -> None:
