@@ -65,6 +65,8 @@ def main() -> None:
     arguments.add_argument("--sequences", type=int, default=32)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--windows", type=int, default=16)
+    arguments.add_argument("--length", type=int, default=512, help="tokens of a calibration sequence")
+    arguments.add_argument("--seed", type=int, default=0, help="of everything drawn; another one also starts at other calibration text")
     arguments.add_argument("--propagation", choices=("sequential", "parallel"), default="sequential")
     arguments.add_argument("--average-bits", type=float)
     arguments.add_argument("--per-token", action="store_true")
@@ -73,15 +75,16 @@ def main() -> None:
     a = arguments.parse_args()
     source = smollm2()
     calibration, held_out = texts(AutoTokenizer.from_pretrained(source))
+    calibration = calibration.flatten()[: calibration.numel() // a.length * a.length].view(-1, a.length).roll(-a.seed, 0)
     tokens, measured = spread(calibration, a.sequences), spread(held_out, a.windows)
     reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     rows = []
     for row in a.rows:
-        out = WORK / "checkpoint"
+        out = WORK / f"{a.name}-checkpoint"
         shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(out.with_name("checkpoint.partial"), ignore_errors=True)
+        shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
         start = time.perf_counter()
-        wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, propagation=a.propagation)
+        wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, propagation=a.propagation).model_copy(update={"seed": a.seed})
         llm_fp4.quantize(source, out, wish, tokens=tokens)
         seconds = time.perf_counter() - start
         result = compare(reference, {row: llm_fp4.load(out)}, measured)
@@ -102,6 +105,8 @@ def main() -> None:
                 "seconds": seconds,
                 "sequences": len(tokens),
                 "rounds": a.rounds,
+                **({"length": a.length} if a.length != 512 else {}),
+                **({"seed": a.seed} if a.seed else {}),
                 **forwards,
                 **({"per_token": True} if a.per_token else {}),
                 **({"budget": budget} if budget else {}),

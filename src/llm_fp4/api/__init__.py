@@ -9,10 +9,11 @@ from llm_fp4.api.exporting import Exported, export, hold
 from llm_fp4.api.figures import draw_activations
 from llm_fp4.api.fisher import gradient_memory
 from llm_fp4.api.generating import generate_text
-from llm_fp4.api.inspecting import AttentionReport, AverageBits, CacheReport, Inspection, LayerReport, inspect_model
+from llm_fp4.api.inspecting import inspect_model
 from llm_fp4.api.judging import judge_images, judge_speech, judge_table
 from llm_fp4.api.loading import Loaded, load, load_any
 from llm_fp4.api.quantization import quantize, quantize_module
+from llm_fp4.api.reports import AttentionReport, AverageBits, CacheReport, Inspection, LayerReport
 from llm_fp4.doctor import Diagnosis, Finding, diagnose
 
 __all__ = [

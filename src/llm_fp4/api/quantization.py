@@ -28,7 +28,7 @@ from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError, UnsupportedError
 from llm_fp4.models import Batch, FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
 from llm_fp4.nn import CACHE, CHILD, QuantEmbedding, forget_wholes, put_together, share_inputs
-from llm_fp4.pipeline import Job, parts
+from llm_fp4.pipeline import Workspace, parts, quantize_units
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
 from llm_fp4.storage import output_error, write_json, write_text
@@ -117,9 +117,9 @@ def _fill(
         gradients = store.gradients()
     route_attention(opened.model, recipe)
     with float32_everywhere(opened.model, target):
-        job = Job(opened.model, structure, opened.source, recipe, batches, store, target, progress, gradients=gradients)
-        job.run()
-    if parts(structure, job.recipe) or recipe.transforms.rotation != "none":
+        work = Workspace(opened.model, structure, opened.source, recipe, batches, store, target, progress, gradients=gradients)
+        quantize_units(work)
+    if parts(structure, work.recipe) or recipe.transforms.rotation != "none":
         config["tie_word_embeddings"] = False
     description = {"recipe": recipe.name, "method": recipe.method, "bits": recipe.widths}
 
@@ -191,7 +191,10 @@ def _quantize_in_place(model: nn.Module, batches: Iterable[Any], recipe: Recipe,
             store = RunStore(Path(folder), {}, len(structure.blocks) + 2)
             fisher = recipe.search.objective == "fisher"
             gradients = gradients_of(model, structure, recipe, prepared, progress) if fisher else None
-            Job(model, structure, InMemory(model), recipe, prepared, store, device, progress, keep=True, gradients=gradients).run()
+            source = InMemory(model)
+            quantize_units(
+                Workspace(model, structure, source, recipe, prepared, store, device, progress, keep=True, gradients=gradients)
+            )
     except BaseException:
         for name, module in originals.items():  # all or nothing
             set_module(model, name, module)

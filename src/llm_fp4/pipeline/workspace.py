@@ -1,0 +1,113 @@
+"""What the units of one run share: the model as far as it is done, its data, the recipe, the store of finished units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_fp4.checkpoint import STORED, RunStore
+from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, set_module, weight_shapes
+from llm_fp4.numerics import QuantizedTensor
+from llm_fp4.pipeline.sampling import token_mask
+from llm_fp4.pipeline.sites import Decided, Linears, quantized_layers, selected_linears
+from llm_fp4.pipeline.tied import Runs, shared_heads
+from llm_fp4.pipeline.waves import Wave, decide_wave
+from llm_fp4.plan import ATTENTION_INPUTS, CACHE_TENSORS, FixedWeight
+from llm_fp4.progress import Progress, silent
+from llm_fp4.recipe import Recipe
+from llm_fp4.transforms import InputTransform
+
+PACKED = (*STORED, *(f"{n}_scale" for n in ATTENTION_INPUTS), *CACHE_TENSORS)  # stored as they are
+
+
+@dataclass
+class Workspace:
+    """A model whose blocks are loaded one at a time, and all that its units need to be quantized.
+
+    Attributes:
+        batches: keyword arguments of the model; "attention_mask" (batch, tokens) marks padding.
+        keep: leave every quantized module in the model (an in-memory run); otherwise blocks return to the meta device.
+        gradients: of the float model's loss (see ``calibration.output_gradients``), None where all errors count alike.
+        tables: packed embeddings of an in-memory run, until the next unit places them.
+        later: quantized modules that the float model's own inputs must not see yet, by name.
+    """
+
+    model: nn.Module
+    structure: Structure
+    source: WeightSource
+    recipe: Recipe
+    batches: list[Batch]
+    store: RunStore
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    progress: Progress = silent
+    keep: bool = False
+    gradients: Mapping[str, Tensor] | None = None
+    tables: dict[str, QuantizedTensor] = field(default_factory=dict, init=False)
+    later: dict[str, nn.Module] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.runner = BlockRunner(self.model, self.structure.stacks, self.batches, self.store.outputs.load)
+        self.shapes = weight_shapes(self.model, self.structure)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether what is quantized reads the outputs of what was quantized before it, not the float model's."""
+        return self.recipe.search.propagation == "sequential"
+
+    @property
+    def shared_head(self) -> dict[str, str]:
+        """Head → embedding of the pairs that stay one stored tensor."""
+        return shared_heads(self.structure, self.recipe)
+
+    def selected(self, names: list[str], head: bool = False) -> Linears:
+        """Return those of the linears ``names`` that the recipe quantizes and that still are float."""
+        return selected_linears(self.model, [n for n in names if n not in self.later], self.recipe, head)
+
+    def decide(
+        self, wave: Wave, selected: Linears, run: Callable[[int], object], plans: dict[str, Any], head: bool = False,
+        fixed: dict[str, FixedWeight] | None = None, transform: InputTransform | None = None,
+    ) -> list[Decided]:  # fmt: skip
+        """Return the decisions of a wave's sites, see :func:`decide_wave`; ``plans`` gains their JSON.
+
+        Args:
+            run: runs what reads the sites' inputs on the batch of a number.
+        """
+        return decide_wave(
+            wave, selected, self.runs(run), self.recipe, fixed or {}, plans, self.store.scratch, self.device, head, transform,
+            self.gradients,
+        )  # fmt: skip
+
+    def replace(self, site: Decided) -> None:
+        """Put the quantized layers of a site in the places of its linears."""
+        for name, layer in quantized_layers(site).items():
+            set_module(self.model, name, layer)
+
+    def runs(self, run: Callable[[int], object]) -> Runs:
+        """Return ``run`` of every batch, with the batch's mask."""
+        return [(partial(run, i), self.mask(i)) for i in range(len(self.batches))]
+
+    def mask(self, i: int) -> Tensor | None:
+        """Return the (sequences, tokens) mask of batch ``i`` at what runs next, or None."""
+        return token_mask(self.batches[i], self.runner)
+
+    def load_outer(self, everything: bool = False) -> None:
+        """Make every parameter outside the blocks real; tied heads and tables only where ``everything`` is wanted."""
+        without = (*self.structure.blocks, *(() if everything else (*self.structure.tied, *self.structure.aliases)))
+        self.source.load(self.model, "", self.device, lambda n: not n.startswith(tuple(f"{b}." for b in without)))
+        for alias, owner in self.structure.aliases.items():
+            table = self.model.get_submodule(alias)
+            if isinstance(table, nn.Embedding):  # until it is exchanged, too
+                table.weight = self.model.get_submodule(owner).weight  # type: ignore[assignment]
+
+    def tensors(self, module: nn.Module, name: str) -> dict[str, Tensor]:
+        """Return what the checkpoint holds of ``module``: packed tensors as they are, the rest in the source's dtype."""
+        prefix = f"{name}." if name else ""
+        state = module.state_dict(prefix=prefix)
+        folded = {f"{prefix}{n}.bias" if n else f"{prefix}bias" for n, m in module.named_modules() if getattr(m, "folded", False)}
+        kept = {k for k in state if k.rpartition(".")[2] in PACKED or k in folded}
+        return {k: t if k in kept else t.to(self.source.dtype(k)) for k, t in state.items()}
