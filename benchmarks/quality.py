@@ -66,8 +66,12 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--windows", type=int, default=16)
     arguments.add_argument("--length", type=int, default=512, help="tokens of a calibration sequence")
-    arguments.add_argument("--seed", type=int, default=0, help="of everything drawn; another one also starts at other calibration text")
+    arguments.add_argument(
+        "--seed", type=int, default=0, help="of everything drawn; another one also starts at other calibration text"
+    )
     arguments.add_argument("--propagation", choices=("sequential", "parallel"), default="sequential")
+    arguments.add_argument("--compensation", choices=("none", "gptq", "gptaq"), help="instead of each row's own")
+    arguments.add_argument("--inherited", type=float, help="search.inherited of gptaq")
     arguments.add_argument("--average-bits", type=float)
     arguments.add_argument("--per-token", action="store_true")
     arguments.add_argument("--cost", action="store_true")
@@ -84,7 +88,9 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
         start = time.perf_counter()
-        wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, propagation=a.propagation).model_copy(update={"seed": a.seed})
+        search = {"propagation": a.propagation} | ({"compensation": a.compensation} if a.compensation else {})
+        search |= {"inherited": a.inherited} if a.inherited is not None else {}
+        wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, **search).model_copy(update={"seed": a.seed})
         llm_fp4.quantize(source, out, wish, tokens=tokens)
         seconds = time.perf_counter() - start
         result = compare(reference, {row: llm_fp4.load(out)}, measured)
@@ -105,6 +111,8 @@ def main() -> None:
                 "seconds": seconds,
                 "sequences": len(tokens),
                 "rounds": a.rounds,
+                **({"compensation": a.compensation} if a.compensation else {}),
+                **({"inherited": a.inherited} if a.inherited is not None else {}),
                 **({"length": a.length} if a.length != 512 else {}),
                 **({"seed": a.seed} if a.seed else {}),
                 **forwards,

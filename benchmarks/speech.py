@@ -31,8 +31,11 @@ SPEECH = DATA / "speech"
 ROWS = {  # preset, embedding/weight/activation bits, scales of inputs
     "8/8/8": ("fpq", "8/8/8", "per_tensor"),
     "8/8/8, scale per token": ("fpq", "8/8/8", "per_token"),
+    "16/8/8, scale per token": ("fpq", "16/8/8", "per_token"),
     "4/4/8": ("fpq", "4/4/8", "per_tensor"),
     "8/4/8, compensated, scale per token": ("fpq-gptq", "8/4/8", "per_token"),
+    "16/4/8, scale per token": ("fpq", "16/4/8", "per_token"),
+    "16/4/8, compensated, scale per token": ("fpq-gptq", "16/4/8", "per_token"),
     "4/4/4 MinMax FP": ("minmax-fp", "4/4/4", "per_tensor"),
     "4/4/4": ("fpq", "4/4/4", "per_tensor"),
 }

@@ -16,6 +16,7 @@ import llm_fp4
 from llm_fp4.api import estimate, inspect_model
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.recipe import Recipe, dump_recipe, load_recipe
+from llm_fp4.search import Part, allocate
 
 
 def recipe(limit: dict[str, Any], **fields: Any) -> Recipe:
@@ -249,3 +250,13 @@ def test_options_print_the_reasons(tmp_path: Path, source: Path, tiny_tokenizer:
     inspect(str(tmp_path / "out"), quiet=True)
     assert "predicted divergence" in capsys.readouterr().out
     assert str(recipe_of(str(tmp_path / "wish.yaml"), max_kl=0.25).budget) == "a divergence of 0.25"
+
+
+def test_pairs_that_fit_only_one_by_one_are_told() -> None:
+    """Each mean alone could be 4, but only beside the other at 8."""
+    losses = {4: 1.0, 8: 0.0}
+    parts = [Part("input", "up", 8, losses), Part("weight", "up", 64, losses, site="up")]
+    with pytest.raises(
+        RecipeError, match=r"budget.average_bits 5 cannot be met for weights and inputs together.*allow narrower pairs"
+    ):
+        allocate(parts, [(4, 8), (8, 4)], {"average_bits": 5})

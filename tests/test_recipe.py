@@ -108,3 +108,13 @@ def test_a_range_of_gamma_begins_with_its_smaller_end() -> None:
     assert Recipe.model_validate({"search": {"gamma": [0.5, 1.5]}}).search.gamma == (0.5, 1.5)
     with pytest.raises(ValidationError, match=r"gamma from 1\.2 to 0\.1 is no range"):
         Recipe.model_validate({"search": {"gamma": [1.2, 0.1]}})
+
+
+def test_operands_with_other_unsigned_formats_are_of_another_site() -> None:
+    wide = Override(targets=["up"], input_formats=["e2m1", "ue2m2"])
+    wish = Recipe.model_validate({"inputs": {"formats": ["e2m1"]}, "overrides": [wide]})
+    gate, up = wish.rule("gate"), wish.rule("up")
+    assert gate.input_formats == up.input_formats
+    assert [f.name for f in up.unsigned_formats] == ["ue2m2"]
+    assert gate.unsigned_formats == ()
+    assert gate.site != up.site

@@ -100,6 +100,25 @@ class Importance:
     outputs: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class FloatRows:
+    """What the float model has at a site, token by token, where other rows arrive through quantized layers.
+
+    Attributes:
+        tokens: its rows. change: what they pass, a map of (n, in) rows; None: nothing.
+        share: how much of the way from the rows that arrive to these is wanted, 0 to 1.
+    """
+
+    tokens: TokenStore
+    change: Callable[[Tensor], Tensor] | None = None
+    share: float = 1.0
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield (n, in) rows in order."""
+        for rows in self.tokens.rows.split(CHUNK):  # type: ignore[no-untyped-call]
+            yield rows if self.change is None else self.change(rows)
+
+
 @dataclass
 class SiteStatistics:
     """Calibration of one input site.
@@ -113,6 +132,7 @@ class SiteStatistics:
         offset: (in,) float32 that is subtracted from every row, or None.
         centered: whether output errors count without their mean, which a bias makes up for.
         base: the statistics of the same rows without offset.
+        wanted: where output errors count from what the float layer makes of these rows; None: from what it makes of ``tokens``.
     """
 
     name: str
@@ -123,6 +143,7 @@ class SiteStatistics:
     offset: Tensor | None = None
     centered: bool = False
     base: SiteStatistics | None = None
+    wanted: FloatRows | None = None
 
     def minus(self, offset: Tensor | None) -> SiteStatistics:
         """Return the statistics of the rows less ``offset`` (in,)."""
@@ -132,6 +153,14 @@ class SiteStatistics:
         """Yield (n, in) rows on the device, in order."""
         for rows in self.tokens.rows.split(CHUNK):  # type: ignore[no-untyped-call]
             yield self._shifted(rows.to(self.device))
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (n, in) rows on the device, in order, and the rows that the float layer is to see in their place."""
+        if self.wanted is None:
+            yield from ((rows, rows) for rows in self.chunks())
+            return
+        for rows, wanted in zip(self.chunks(), self.wanted.chunks(), strict=True):
+            yield rows, rows.lerp(self._shifted(wanted.to(self.device)), self.wanted.share)
 
     def _shifted(self, rows: Tensor) -> Tensor:
         return rows if self.offset is None else rows - self.offset
@@ -189,10 +218,8 @@ class SiteStatistics:
             unit: () float32 where every rounded value is a multiple of it by at most 127: Q'Q is then an exact integer product,
                 which int8 units form several times faster.
         """
-        if quantize is None:
-            return (
-                Gram(self.gram, None, None) if self.offset is None and not self.centered else self._sums(None, center=self.centered)
-            )
+        if quantize is None and self.offset is None and not self.centered and self.wanted is None:
+            return Gram(self.gram, None, None)
         return self._sums(quantize, unit, center=self.centered)
 
     def _sums(self, quantize: Callable[[Tensor], Tensor] | None, unit: Tensor | None = None, center: bool = False) -> Gram:
@@ -200,13 +227,14 @@ class SiteStatistics:
         own = ranks.own(n, n)
         sum_q, sum_e, count = torch.zeros(n, device=self.device), torch.zeros(n, device=self.device), 0.0
         qq = torch.zeros(n, n, device=self.device)
-        eq, ee = (None, None) if quantize is None else (torch.zeros_like(qq), torch.zeros_like(qq))
-        for rows, root in zip(self.chunks(), self.roots(), strict=True):
+        exact = quantize is None and self.wanted is None
+        eq, ee = (None, None) if exact else (torch.zeros_like(qq), torch.zeros_like(qq))
+        for (rows, wanted), root in zip(self.pairs(), self.roots(), strict=True):
             q = rows if quantize is None else quantize(rows)
             levels: Tensor | None = None
             if unit is not None and root is None and q.device.type == "cpu" and min(q.shape) >= _INT8_SIDE:
                 levels = (q * (1.0 / unit)).round_().to(torch.int8)
-            e = None if quantize is None else rows - q
+            e = None if exact else wanted - q
             if root is not None:
                 q, e = q * root, None if e is None else e.mul_(root)
             count += len(q) if root is None else float(root.square().sum())

@@ -31,16 +31,27 @@ def test_a_refused_run_leaves_the_lock_free(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("damage", ["shard", "output"])
+@pytest.mark.parametrize("damage", ["shard", "output", "plan"])
 def test_a_truncated_file_of_an_unfinished_run_is_named(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "out.partial"
     store = RunStore(folder, {}, 2)
     store.outputs.save("block", 0, (torch.ones(1, 3, 4), None))
-    store.finish(0, {"a": torch.ones(2)}, {}, ["block"])
+    store.finish(0, {"a": torch.ones(2)}, {"weights": {}, "inputs": {}}, ["block"])
     path = {
         "shard": store.checkpoint / store.shard_name(0),
         "output": folder / "state" / "outputs" / "block" / "00000.safetensors",
+        "plan": folder / "state" / "plan-00000.json",
     }[damage]
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(OutputError, match=f"{path.name} is damaged.*remove"):
-        store.weight_map() if damage == "shard" else store.outputs.load("block", 0)
+        {"shard": store.weight_map, "output": lambda: store.outputs.load("block", 0), "plan": store.plans}[damage]()
+
+
+@pytest.mark.parametrize("lost", [None, "[]"])
+def test_a_plan_that_is_missing_or_no_object_is_named(tmp_path: Path, lost: str | None) -> None:
+    store = RunStore(tmp_path / "out.partial", {}, 2)
+    store.finish(0, {"a": torch.ones(2)}, {"weights": {}, "inputs": {}})
+    path = store.state / "plan-00000.json"
+    path.unlink() if lost is None else path.write_text(lost)
+    with pytest.raises(OutputError, match=f"{path.name} is damaged.*remove"):
+        store.plans()

@@ -82,6 +82,12 @@ def test_index_that_names_a_missing_shard(not_quantized: Refuse, save: Callable[
     assert "is missing" in sentence
 
 
+@pytest.mark.parametrize("content", ["not json", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}'])
+def test_index_that_is_none(not_quantized: Refuse, source: Path, content: str) -> None:
+    (source / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json is not a valid shard index" in not_quantized(source)
+
+
 def test_index_that_leaves_its_directory(not_quantized: Refuse, save: Callable[..., Path]) -> None:
     source = save(shard_size="40KB")
     index = source / "model.safetensors.index.json"

@@ -50,5 +50,5 @@ def test_a_missing_library_is_named(
 
     monkeypatch.setitem(sys.modules, library, None)
     said = refused("export", checkpoint, tmp_path / "out", "--to", target, "--quiet")
-    assert f"pip install llm-fp4[{target}]" in said
+    assert f"pip install 'llm-fp4[{target}]'" in said
     assert not list(tmp_path.glob(".out*"))

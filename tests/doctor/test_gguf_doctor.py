@@ -16,7 +16,7 @@ from llm_fp4.export.gguf_blocks import block_bytes
 from llm_fp4.export.gguf_model import rotary_rows
 from llm_fp4.numerics import PerBlock, max_scale, parse, quantize_tensor, second_scale
 
-gguf = pytest.importorskip("gguf", reason="gguf is optional: pip install llm-fp4[gguf]")
+gguf = pytest.importorskip("gguf", reason="gguf is optional: pip install 'llm-fp4[gguf]'")
 KINDS = {"Q4_0": ("e1m2", 32, "float16"), "MXFP4": ("e2m1", 32, "e8m0"), "NVFP4": ("e2m1", 16, "e4m3")}
 PLACES = {"up_proj": "ffn_up", "down_proj": "ffn_down", "gate_proj": "ffn_gate", "q_proj": "attn_q", "k_proj": "attn_k"}
 CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -16,7 +16,7 @@ from llm_fp4.export.compressed_tensors import int32_words
 from llm_fp4.storage import TensorFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of compressed-tensors and transformers
-LIBRARY = "compressed-tensors is optional: pip install llm-fp4[compressed-tensors]"
+LIBRARY = "compressed-tensors is optional: pip install 'llm-fp4[compressed-tensors]'"
 NVFP4 = {"granularity": "per_block", "block_size": 16, "scale_dtype": "e4m3"}
 MXFP4 = {"granularity": "per_block", "block_size": 32, "scale_dtype": "e8m0"}
 GROUPS = {"granularity": "per_block", "block_size": 32, "scale_dtype": "float16"}

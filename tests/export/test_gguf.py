@@ -16,7 +16,7 @@ from llm_fp4.api import export
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.export.gguf_model import rotary_rows
 
-gguf = pytest.importorskip("gguf", reason="gguf is optional: pip install llm-fp4[gguf]")
+gguf = pytest.importorskip("gguf", reason="gguf is optional: pip install 'llm-fp4[gguf]'")
 
 BLOCKS = {
     "Q4_0": ("e1m2", {"granularity": "per_block", "block_size": 32, "scale_dtype": "float16"}),

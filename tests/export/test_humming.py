@@ -88,3 +88,9 @@ def test_what_humming_would_round_is_refused(quantized: Callable[..., Path], tmp
     ):
         export(quantized("e2m1", "16/4/16"), tmp_path / "out", "humming")
     assert not (tmp_path / "out").exists()
+
+
+def test_without_a_linear_in_codes_there_is_nothing_to_serve(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    folder = quantized("e2m1", "4/16/16", rules={"granularity": "per_row"})
+    with pytest.raises(UnsupportedError, match="humming has nothing to hold in 4 bits"):
+        export(folder, tmp_path / "out", "humming")

@@ -11,8 +11,8 @@ import torch
 
 from llm_fp4.api import export
 
-onnx = pytest.importorskip("onnx", reason="onnx is optional: pip install llm-fp4[onnx]")
-pytest.importorskip("onnxscript", reason="onnxscript is optional: pip install llm-fp4[onnx]")
+onnx = pytest.importorskip("onnx", reason="onnx is optional: pip install 'llm-fp4[onnx]'")
+pytest.importorskip("onnxscript", reason="onnxscript is optional: pip install 'llm-fp4[onnx]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter
 
 
@@ -63,7 +63,7 @@ def dequantized(model: Any) -> dict[str, torch.Tensor]:
 def test_e1m2_runs_in_onnx_runtime(
     quantized: Callable[..., Path], values: Any, weight_only: Any, prompts: Any, tmp_path: Path
 ) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is optional: pip install llm-fp4[onnx]")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is optional: pip install 'llm-fp4[onnx]'")
     folder = quantized("e1m2", attention_bias=True, intermediate_size=80)  # 80 is no multiple of a block of 32
     made = export(folder, tmp_path / "out", "onnx")
     path = tmp_path / "out" / "model.onnx"

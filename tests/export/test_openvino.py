@@ -11,7 +11,7 @@ import torch
 
 from llm_fp4.api import export
 
-ov = pytest.importorskip("openvino", reason="openvino is optional: pip install llm-fp4[openvino]")
+ov = pytest.importorskip("openvino", reason="openvino is optional: pip install 'llm-fp4[openvino]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of tracing
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}

@@ -23,7 +23,7 @@ from llm_fp4.search.refine import fit_scale, refine
 from llm_fp4.search.shift import channel_shift, shift_limits
 from llm_fp4.search.sinks import sink_ratio
 from llm_fp4.search.weights import choose_weight, losses_by_tokens, row_losses, weight_loss
-from llm_fp4.statistics import Gram, SiteStatistics, TokenStore
+from llm_fp4.statistics import FloatRows, Gram, SiteStatistics, TokenStore
 
 
 @pytest.fixture
@@ -380,3 +380,24 @@ def test_a_searched_shift_range_leaves_even_channels_alone(tmp_path: Path) -> No
     assert result.input is not None
     assert result.input.spec.max_shift == 0
     assert result.input.shift is None
+
+
+def test_compensation_makes_up_for_what_earlier_layers_did(site: SiteStatistics, tmp_path: Path) -> None:
+    """The site's rows are what arrives; the float model had others there, and its outputs are what is wanted."""
+    arrived = site.tokens.rows
+    had, same = (TokenStore(tmp_path / f"{n}.rows", 48) for n in ("float", "same"))
+    torch.manual_seed(3)
+    had.append(arrived @ (torch.eye(48) + 0.05 * torch.randn(48, 48)))
+    same.append(arrived)
+    wish = Recipe.model_validate({"search": {"rounds": 1, "compensation": "gptaq"}})
+
+    def lost(wanted: FloatRows | None) -> float:
+        weight = weights()["q"]
+        result = search_site("site", {"q": weight}, site, {"q": wish.rule("q")}, wish, wanted=wanted)
+        plan = result.input
+        assert plan is not None
+        rows = fake_quantize_input(arrived, plan.spec, plan.scale, plan.shift, None)
+        return float((had.rows @ weight.t() - rows @ result.rounded["q"].t()).square().sum())
+
+    assert lost(FloatRows(had)) < 0.9 * lost(None)
+    assert lost(FloatRows(same)) == pytest.approx(lost(None), rel=1e-3)

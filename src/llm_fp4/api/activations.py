@@ -69,7 +69,7 @@ def activation_statistics(
     Args:
         recipe: its targets, calibration and seed are used.
     Raises:
-        SourceError, CalibrationError, RecipeError: as :func:`llm_fp4.quantize`.
+        SourceError, CalibrationError, RecipeError: as :func:`llm_fp4.quantize`. UnsupportedError: no linear is selected.
     """
     target = checked_device(device)
     opened = source if isinstance(source, FloatModel) else open_model(str(source))

@@ -63,6 +63,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class Benchmark:
+    """What was measured: the machine, each model on it, and over how many tokens."""
+
     machine: Machine
     prompt_tokens: int
     new_tokens: int

@@ -62,6 +62,7 @@ def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, d
             work += _block_work([(shapes[name], recipe.rule(name, head=True))], recipe, tokens)
     # each block runs once to its end, and once to each of its sites, half way on average
     work += forward * (1 + _sites(structure) / 2 if recipe.search.propagation == "sequential" else 1)
+    work += forward if recipe.search.compensation == "gptaq" else 0.0
     if recipe.budget is not None:
         parts = sum(len(structure.linears[b]) for b in structure.blocks) / len(structure.blocks) + _sites(structure)
         work += (2 + parts * (len(structure.blocks) + 1) / 2) * forward * recipe.budget.tokens / tokens
@@ -108,8 +109,12 @@ def _block_work(linears: list[tuple[tuple[int, int], ModuleRule]], recipe: Recip
             work += search.rounds * gram + (first + later) * square
             specs = sum(len(shift_limits(f, rule.shift_range if rule.shift else 0)) for f in rule.input_formats)
             work += (specs * 2 * _SWEEP + 2 * _REFINE + later) * 2 * product * min(search.sample_tokens, tokens) if specs else 0
-        if search.compensation == "gptq":
-            work += search.starts * (search.sweeps + 1) * 1.5 * square + search.starts * 4.0 * width**3
+        if search.compensation != "none":
+            work += (
+                (gram if search.compensation == "gptaq" else 0.0)
+                + search.starts * (search.sweeps + 1) * 1.5 * square
+                + search.starts * 4.0 * width**3
+            )
     return work
 
 

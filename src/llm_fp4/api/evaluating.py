@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llm_fp4.api.loading import Loaded, load_any
+from llm_fp4.checkpoint import read_plan
 from llm_fp4.errors import CalibrationError
 from llm_fp4.evaluation import (
     Clipped,
@@ -113,10 +113,7 @@ def _float_window(model: nn.Module) -> int | None:
 
 def _calibrated(loaded: Loaded) -> dict[str, float]:
     """Return the share that each static scale clipped at calibration, as the checkpoint's plan has it."""
-    path = Path(loaded.origin) / "plan.json"
-    if not loaded.quantized or not path.is_file():
-        return {}
-    plan = json.loads(path.read_text(encoding="utf-8"))
+    plan = read_plan(Path(loaded.origin)) if loaded.quantized else {}
     shares = {n: site.get("clipped") for site in plan.get("inputs", {}).values() for n in site["operands"]}
     shares |= {n: entry.get("clipped") for n, entry in plan.get("cache", {}).items()}
     return {n: share for n, share in shares.items() if share is not None}

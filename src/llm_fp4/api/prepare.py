@@ -122,13 +122,18 @@ def token_batches(model: nn.Module, tokens: Tensor, device: torch.device) -> lis
 
 
 def checked_device(name: str) -> torch.device:
+    """Return the device called ``name``; of several ranks each has a GPU of its own.
+
+    Raises:
+        UnsupportedError: there is no such device, or torch sees none.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UnsupportedError(f"unknown device {name!r}; use cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError("--device cuda: this PyTorch sees no CUDA device; use cpu")
-    if device.type == "cuda" and (number := ranks.device_number()) is not None:  # each rank has a GPU of its own
+    if device.type == "cuda" and (number := ranks.device_number()) is not None:
         device = torch.device("cuda", number)
     return device
 

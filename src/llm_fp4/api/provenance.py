@@ -35,7 +35,7 @@ def fingerprint(opened: FloatModel, recipe: Recipe, tokens: Tensor | None, batch
     """
     name = source_name(opened)
     return {
-        "source": {**({"name": name} if name else {}), "sha256": _digest_files(_files(opened))},
+        "source": {**({"name": name} if name else {}), "sha256": _digest_files(source_files(opened))},
         "recipe": {"sha256": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()},
         "data": {"sha256": digest([{"input_ids": tokens}] if tokens is not None else batches)},
         "versions": {"llm-fp4": own_version(), "torch": torch.__version__, "transformers": version("transformers")},
@@ -55,13 +55,15 @@ def digest(batches: list[Batch] | list[dict[str, Tensor]]) -> str:
 
 
 def own_version() -> str:
+    """Return the version of this package as it is installed."""
     try:
         return version("llm-fp4")
     except PackageNotFoundError:  # run from a source tree that was never installed
         return "source"
 
 
-def _files(opened: FloatModel) -> list[Path]:
+def source_files(opened: FloatModel) -> list[Path]:
+    """Return the files the weights come from: the GGUF file, or the shards and config.json."""
     if opened.gguf:
         return [opened.folder / opened.gguf]
     return [*sorted(opened.folder.glob("*.safetensors")), opened.folder / "config.json"]

@@ -23,7 +23,7 @@ from llm_fp4.api.card import model_card
 from llm_fp4.api.fisher import gradients_of, model_gradients
 from llm_fp4.api.media import source_batches
 from llm_fp4.api.prepare import as_batch, checked_device, checked_structure, float32_everywhere, route_attention, token_batches
-from llm_fp4.api.provenance import digest, fingerprint, own_version
+from llm_fp4.api.provenance import digest, fingerprint, own_version, source_files
 from llm_fp4.checkpoint import RunStore, finish_checkpoint
 from llm_fp4.errors import CalibrationError, OutputError, UnsupportedError
 from llm_fp4.models import Batch, FloatModel, InMemory, Structure, open_model, set_module, weight_shapes
@@ -227,12 +227,7 @@ def _all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 def _fingerprint(opened: FloatModel) -> str:
     """Return a digest of what the weights come from: names, sizes and times of the files."""
     digest = hashlib.sha256()
-    files = (
-        [opened.folder / opened.gguf]
-        if opened.gguf
-        else [*sorted(opened.folder.glob("*.safetensors")), opened.folder / "config.json"]
-    )
-    for file in files:
+    for file in source_files(opened):
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from llm_fp4.api.reports import AttentionReport, AverageBits, CacheReport, Inspection, LayerReport
-from llm_fp4.checkpoint import Manifest, ModuleEntry, read_attention, read_caches, read_config, verify
+from llm_fp4.checkpoint import Manifest, ModuleEntry, read_attention, read_caches, read_config, read_plan, verify
 from llm_fp4.errors import CheckpointError
 from llm_fp4.nn import CACHE_STEP
 from llm_fp4.numerics import packed_width
@@ -22,7 +21,7 @@ def stored_report(folder: Path) -> Inspection:
     Raises:
         CheckpointError: it is damaged or incomplete.
     """
-    manifest, config, plan = verify(folder), read_config(folder), _plan(folder)
+    manifest, config, plan = verify(folder), read_config(folder), read_plan(folder)
     sites = {operand: (name, site) for name, site in plan.get("inputs", {}).items() for operand in site["operands"]}
     layers = []
     for name, entry in manifest.items():
@@ -99,17 +98,3 @@ def _cache(folder: Path, plan: dict[str, Any]) -> list[CacheReport]:
         formats = ((spec.key.name,), (spec.value.name,))
         found.append(CacheReport(name, formats, spec.window, spec.sinks, errors, ratio))
     return found + [CacheReport(n, ((), ()), reason=p["reason"]) for n, p in decided.items() if "reason" in p]
-
-
-def _plan(folder: Path) -> dict[str, Any]:
-    """Return plan.json; nothing runs on it, so a checkpoint without one is still described by its manifest."""
-    path = folder / "plan.json"
-    if not path.is_file():
-        return {}
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); remove it to see what config.json says, or quantize again") from None
-    if not isinstance(plan, dict):
-        raise CheckpointError(f"{path} does not hold a plan; remove it to see what config.json says, or quantize again")
-    return plan

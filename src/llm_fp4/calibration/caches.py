@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_fp4.calibration.collect import _Enough
-from llm_fp4.calibration.products import MASKED, ROWS, Pairs
+from llm_fp4.calibration.products import MASKED, ROWS, Pairs, kept_items, sequences_sampled
 from llm_fp4.nn import watching
 
 
@@ -56,7 +56,7 @@ def collect_cached(
         query, key' and what counts; probability (0 where it does not count), value and None; all of single sequences.
     """
     runs = list(runs)
-    share = max(1, -(-rows // (ROWS * len(runs))))  # sequences of a batch
+    share = sequences_sampled(rows, len(runs))
     scores: Pairs = []
     outputs: Pairs = []
     counted: list[tuple[int, Tensor, Tensor]] = []  # of the batch at work: item, its rows, what counts
@@ -66,7 +66,7 @@ def collect_cached(
             return
         if which == 0:
             counted.clear()
-            for item in range(0, len(first), max(1, len(first) // share)):
+            for item in kept_items(len(first), share):
                 count = first.shape[2]
                 kept = torch.arange(count - 1, -1, -max(1, -(-count // ROWS)), device=first.device).flip(0)
                 counts = _counting(kept, count, mask, item, sinks, window)

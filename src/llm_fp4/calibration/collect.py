@@ -86,16 +86,16 @@ def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def collect(
     linears: Linears, runs: Iterable[tuple[Callable[[], object], Tensor | None]], folder: Path,
-    transform: Callable[[Tensor], Tensor] | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None, *, whole: bool = False,
 ) -> dict[str, TokenStore]:  # fmt: skip
     """Return the rows every one of ``linears`` reads over all ``runs``, stored in ``folder``; of several ranks each runs its own.
 
-    A run is cut short once each of ``linears`` has read its input: what comes after is not needed.
+    A run is cut short once each of ``linears`` has read its input, unless what comes after is needed too.
 
     Args:
         linears: one for each site, by name.
         runs: for each batch a function that runs the module, and the batch's (batch, tokens) mask or None.
-        transform: of rows before they are stored.
+        transform: of rows before they are stored. whole: let every run come to its end.
     """
     runs, names = list(runs), list(linears)
     stores: dict[str, TokenStore] = {}
@@ -113,7 +113,7 @@ def collect(
             seen[i, batch, 0] = x.shape[-1]
             seen[i, batch, 1] += len(rows)
             waiting.discard(name)
-            if not waiting:
+            if not waiting and not whole:
                 raise _Enough
 
         _hook(stack, linears, keep)

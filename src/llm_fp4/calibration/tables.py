@@ -9,7 +9,7 @@ from llm_fp4.calibration.text import Stretch, text_field, without_surrogates
 from llm_fp4.errors import CalibrationError
 
 ROWS = 256  # read at once
-INSTALL = "pip install llm-fp4[data]"
+INSTALL = "pip install 'llm-fp4[data]'"
 
 
 def read_parquet(path: Path) -> Iterator[Stretch]:

@@ -1,7 +1,6 @@
 """Checkpoints: the manifest, the store of a run that can be continued, and the finished directory."""
 
-from llm_fp4.checkpoint.attention import read_attention
-from llm_fp4.checkpoint.caches import read_caches
+from llm_fp4.checkpoint.attention import read_attention, read_caches
 from llm_fp4.checkpoint.finish import finish_checkpoint
 from llm_fp4.checkpoint.manifest import (
     METHOD,
@@ -12,6 +11,7 @@ from llm_fp4.checkpoint.manifest import (
     manifest_of_plans,
     read_config,
     read_manifest,
+    read_plan,
     site_spec,
     verify,
 )
@@ -20,5 +20,5 @@ from llm_fp4.checkpoint.run_store import RunStore
 
 __all__ = [
     "METHOD", "STORED", "VERSION", "BlockOutputs", "Manifest", "ModuleEntry", "RunStore", "finish_checkpoint", "manifest_of_plans",
-    "read_attention", "read_caches", "read_config", "read_manifest", "site_spec", "verify",
+    "read_attention", "read_caches", "read_config", "read_manifest", "read_plan", "site_spec", "verify",
 ]  # fmt: skip

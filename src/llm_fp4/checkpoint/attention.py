@@ -1,15 +1,19 @@
-"""The manifest's part on attention products: which modules quantize them, and in which formats."""
+"""The manifest's parts on attention: which modules quantize their products, which hold keys and values in codes, and how."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
+from llm_fp4.checkpoint.presence import require_tensor
 from llm_fp4.errors import CheckpointError, LlmFp4Error
 from llm_fp4.numerics import parse
-from llm_fp4.plan import ATTENTION_INPUTS, AttentionSpec
+from llm_fp4.plan import AttentionSpec, CacheSpec
 from llm_fp4.storage import TensorFiles
+
+Spec = TypeVar("Spec")
 
 
 def attention_of_plans(plans: list[dict[str, Any]]) -> dict[str, Any]:
@@ -25,33 +29,44 @@ def attention_of_plans(plans: list[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
+def caches_of_plans(plans: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the JSON of all attention modules with a quantized cache in the units' plans, by module name."""
+    fields = CacheSpec.__dataclass_fields__
+    decided = {name: entry for plan in plans for name, entry in plan.get("cache", {}).items()}
+    return {name: {f: entry[f] for f in fields} for name, entry in decided.items() if "reason" not in entry}
+
+
 def read_attention(config: dict[str, Any], where: str) -> dict[str, AttentionSpec]:
     """Return the quantized attention modules that a ``quantization_config`` describes.
 
     Raises:
         CheckpointError: an entry is damaged.
     """
-    entries = config.get("attention") or {}
+    return _read(config.get("attention"), AttentionSpec.from_json, "attention products", where)
+
+
+def read_caches(config: dict[str, Any], where: str) -> dict[str, CacheSpec]:
+    """Return the attention modules with a quantized cache that a ``quantization_config`` describes.
+
+    Raises:
+        CheckpointError: an entry is damaged.
+    """
+    return _read(config.get("cache"), CacheSpec.from_json, "a cache of keys and values", where)
+
+
+def _read(entries: Any, parse_entry: Callable[[Any], Spec], what: str, where: str) -> dict[str, Spec]:
     try:
-        return {name: AttentionSpec.from_json(entry) for name, entry in entries.items()}
+        return {name: parse_entry(entry) for name, entry in (entries or {}).items()}
     except (AttributeError, TypeError, LlmFp4Error) as error:
-        raise CheckpointError(
-            f"{where} describes attention products that cannot be read ({error}); the checkpoint is damaged"
-        ) from None
+        raise CheckpointError(f"{where} describes {what} that cannot be read ({error}); the checkpoint is damaged") from None
 
 
-def verify_attention(attention: dict[str, AttentionSpec], files: TensorFiles, child: str) -> None:
+def verify_children(specs: Mapping[str, AttentionSpec | CacheSpec], files: TensorFiles, child: str) -> None:
     """Raise CheckpointError where a scale of an attention module is missing, or of another shape or type.
 
     Args:
         child: the name of the module that holds the scales.
     """
-    for name, spec in attention.items():
-        for own in ATTENTION_INPUTS:
-            full = f"{name}.{child}.{own}_scale"
-            if full not in files.where:
-                raise CheckpointError(f"{files.folder} lacks the tensor {full}; the checkpoint is incomplete, quantize again")
-            if files.shapes[full] != spec.scale_shape or files.dtype(full) != torch.float32:
-                raise CheckpointError(
-                    f"{full} is {files.shapes[full]} {files.dtype(full)}, the manifest makes it {spec.scale_shape}; the checkpoint is damaged"
-                )
+    for name, spec in specs.items():
+        for own, shape in spec.shapes.items():
+            require_tensor(files, f"{name}.{child}.{own}", shape, torch.float32)

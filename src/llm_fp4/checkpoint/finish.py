@@ -9,8 +9,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from llm_fp4.checkpoint.attention import attention_of_plans
-from llm_fp4.checkpoint.caches import caches_of_plans
+from llm_fp4.checkpoint.attention import attention_of_plans, caches_of_plans
 from llm_fp4.checkpoint.manifest import METHOD, VERSION, manifest_of_plans
 from llm_fp4.checkpoint.run_store import RunStore
 from llm_fp4.storage import output_error, write_json, write_text

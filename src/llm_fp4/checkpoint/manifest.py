@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from llm_fp4.checkpoint.attention import read_attention, verify_attention
-from llm_fp4.checkpoint.caches import read_caches, verify_caches
+from llm_fp4.checkpoint.attention import read_attention, read_caches, verify_children
+from llm_fp4.checkpoint.presence import require_tensor
 from llm_fp4.errors import CheckpointError, LlmFp4Error
 from llm_fp4.nn import CACHE, CHILD
 from llm_fp4.numerics import FloatFormat, PerBlock, packed_width, parse, parse_granularity
@@ -204,6 +204,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_plan(folder: Path) -> dict[str, Any]:
+    """Return plan.json; nothing runs on it, so a checkpoint without one is still described by its manifest: {} then.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = folder / "plan.json"
+    if not path.is_file():
+        return {}
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); remove it to see what config.json says, or quantize again") from None
+    if not isinstance(plan, dict):
+        raise CheckpointError(f"{path} does not hold a plan; remove it to see what config.json says, or quantize again")
+    return plan
+
+
 def verify(folder: Path) -> Manifest:
     """Return the manifest of a checkpoint after checking every quantized tensor's presence, type and shape.
 
@@ -215,19 +233,9 @@ def verify(folder: Path) -> Manifest:
     quantization = read_config(folder)["quantization_config"]
     manifest = read_manifest(quantization, str(folder))
     files = TensorFiles(folder, CheckpointError)
-    verify_attention(read_attention(quantization, str(folder)), files, CHILD)
-    verify_caches(read_caches(quantization, str(folder)), files, CACHE)
+    verify_children(read_attention(quantization, str(folder)), files, CHILD)
+    verify_children(read_caches(quantization, str(folder)), files, CACHE)
     for name, entry in manifest.items():
         for suffix, shape in entry.tensors().items():
-            full = f"{name}.{suffix}"
-            if full not in files.where:
-                raise CheckpointError(f"{folder} lacks the tensor {full}; the checkpoint is incomplete, quantize again")
-            if files.shapes[full] != shape:
-                raise CheckpointError(
-                    f"{full} is {files.shapes[full]} in {files.where[full].name}, the manifest makes it {shape}; the checkpoint is damaged"
-                )
-            if files.dtype(full) != (dtype := entry.dtype(suffix)):
-                raise CheckpointError(
-                    f"{full} is {files.dtype(full)} in {files.where[full].name}, not {dtype}; the checkpoint is damaged"
-                )
+            require_tensor(files, f"{name}.{suffix}", shape, entry.dtype(suffix))
     return manifest

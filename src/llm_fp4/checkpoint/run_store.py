@@ -31,7 +31,7 @@ class RunStore:
 
     Args:
         folder: created if it is not there. fingerprint: what must be equal for the run to be continued.
-        units: how many units the run has. shards: False keeps no tensors (an in-memory run).
+        units: how many units the run has. shards: False keeps no tensors (of a run that only looks at the model).
     Raises:
         OutputError: the folder belongs to a run with another fingerprint or to one at work, or cannot be written.
     """
@@ -101,6 +101,7 @@ class RunStore:
         return self.folder / "scratch"
 
     def shard_name(self, unit: int) -> str:
+        """Return the file name of a unit's shard, as transformers numbers them."""
         return f"model-{unit + 1:05d}-of-{self.units:05d}.safetensors"
 
     def finish(self, unit: int, tensors: dict[str, Tensor], plan: dict[str, Any], keep: Collection[str] = ()) -> None:
@@ -145,7 +146,13 @@ class RunStore:
 
     def plans(self) -> list[dict[str, Any]]:
         """Return the plans of all finished units, in order."""
-        return [json.loads((self.state / f"plan-{unit:05d}.json").read_text()) for unit in range(self.done)]
+        return [self._plan(unit) for unit in range(self.done)]
+
+    def _plan(self, unit: int) -> dict[str, Any]:
+        path = self.state / f"plan-{unit:05d}.json"
+        if not path.is_file():
+            raise _damaged(path, self.folder)
+        return _json(path)
 
     def weight_map(self) -> dict[str, str]:
         """Return tensor name → shard of every finished shard."""
@@ -188,7 +195,9 @@ def _json(path: Path) -> dict[str, Any]:
         OutputError: the file is damaged.
     """
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
-        raise _damaged(path, path.parent) from None
+        data = None
+    if not isinstance(data, dict):
+        raise _damaged(path, path.parent)
     return data

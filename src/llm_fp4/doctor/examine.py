@@ -19,6 +19,7 @@ from llm_fp4.doctor.ours import Ours
 from llm_fp4.doctor.peers import Peer, peer_config
 from llm_fp4.doctor.reference import reference_problems
 from llm_fp4.doctor.siblings import input_problems, layer_problems, sibling_problems
+from llm_fp4.doctor.stored import Checkpoint
 from llm_fp4.errors import CheckpointError, UnsupportedError
 from llm_fp4.models import open_model
 from llm_fp4.progress import Progress, silent
@@ -80,7 +81,7 @@ def _told(compared: bool, changed: set[str], order: str) -> list[str]:
     return sentences
 
 
-def opened(path: Path) -> Ours | Peer | GgufFile:
+def opened(path: Path) -> Checkpoint:
     """Return the checkpoint at ``path``, its headers read.
 
     Raises:

@@ -75,6 +75,7 @@ class Diagnosis:
 
     @property
     def wrong(self) -> bool:
+        """Whether any finding is a mistake, not only worth a look."""
         return any(f.wrong for f in self.findings)
 
     def to_json(self) -> dict[str, Any]:

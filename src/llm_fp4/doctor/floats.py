@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from llm_fp4.doctor.gguf_file import GgufFile
+from llm_fp4.doctor.stored import Checkpoint
 from llm_fp4.export.gguf_model import rotary_rows
 from llm_fp4.models import FloatModel
 
@@ -14,7 +15,7 @@ from llm_fp4.models import FloatModel
 class FloatWeights:
     """Weights of an opened float model; of a GGUF file under its names, and in its order of rows."""
 
-    def __init__(self, opened: FloatModel, checkpoint: Any) -> None:
+    def __init__(self, opened: FloatModel, checkpoint: Checkpoint) -> None:
         self.opened = opened
         model: Any = opened.model
         self.config: Any = model.config

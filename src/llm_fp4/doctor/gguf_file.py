@@ -31,7 +31,7 @@ class GgufFile:
         try:
             import gguf
         except ImportError:
-            raise UnsupportedError("examining a .gguf file needs gguf; install it: pip install llm-fp4[gguf]") from None
+            raise UnsupportedError("examining a .gguf file needs gguf; install it: pip install 'llm-fp4[gguf]'") from None
         try:
             reader = gguf.GGUFReader(path)
         except Exception as error:

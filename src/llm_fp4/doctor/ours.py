@@ -11,7 +11,7 @@ from llm_fp4.checkpoint import Manifest, ModuleEntry, read_config, read_manifest
 from llm_fp4.doctor.findings import Problem
 from llm_fp4.doctor.stored import Layers, StoredWeight, pairs
 from llm_fp4.errors import CheckpointError, LlmFp4Error
-from llm_fp4.numerics import levels, scale_values, unpack
+from llm_fp4.numerics import SMALLEST_STEP, levels, scale_values, unpack
 from llm_fp4.plan import InputSpec
 from llm_fp4.recipe import load_recipe
 from llm_fp4.storage import TensorFiles
@@ -74,7 +74,7 @@ class Ours:
         return StoredWeight(
             name, fmt.name.upper() + (f" ({blocks.name})" if blocks else ""), entry.shape, codes, grid,
             scale_values(stored).reshape(entry.shape[0], -1), blocks.block_size if blocks else columns,
-            SMALLEST[blocks.scale_dtype] if blocks else 2.0**-126,
+            SMALLEST[blocks.scale_dtype] if blocks else SMALLEST_STEP,
             float(self.files.get(f"{name}.weight_global_scale")) if two_level else 1.0, two_level,
             orders={"the codes of each byte exchanged": pairs()} if fmt.bits == 4 and columns % 2 == 0 else {},
         )  # fmt: skip

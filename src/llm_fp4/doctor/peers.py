@@ -27,7 +27,6 @@ E2M1[8] = -0.0
 _FP8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 _WORD = {"the codes of each byte exchanged": pairs(8), "each word read from its highest code": torch.arange(8).flip(0)}
 _SWAPPED = {"the codes of each byte exchanged": pairs()}
-_PARTS = ("weight_packed", "weight_scale", "weight_global_scale", "weight_scale_2")
 
 
 class Peer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -58,6 +58,3 @@ def _unlike(weight: StoredWeight, level: Tensor, scale: Tensor, wanted: Tensor, 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
     return float((a.double() * b.double()).sum() / (a.double().norm() * b.double().norm()).clamp_min(1e-300))
-
-
-Reference = Callable[[str], Tensor | None]

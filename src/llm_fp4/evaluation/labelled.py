@@ -15,7 +15,11 @@ INSTALL = "pip install 'llm-fp4[evaluation]'"
 
 
 def class_metrics(predicted: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return accuracy, Matthews correlation and, for two classes, F1 of class 1, for (n,) int64 classes."""
+    """Return accuracy, Matthews correlation and, for two classes, F1 of class 1, for (n,) int64 classes.
+
+    Raises:
+        UnsupportedError: scikit-learn is not installed.
+    """
     try:
         from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
     except ImportError:
@@ -25,7 +29,11 @@ def class_metrics(predicted: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def score_metrics(predicted: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return Spearman and Pearson correlation of (n,) float scores."""
+    """Return Spearman and Pearson correlation of (n,) float scores.
+
+    Raises:
+        UnsupportedError: scipy is not installed.
+    """
     try:
         from scipy.stats import pearsonr, spearmanr
     except ImportError:

@@ -32,7 +32,7 @@ def evaluate_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise CalibrationError("evaluating lm-eval tasks needs lm-eval; install it: pip install llm-fp4[evaluation]") from error
+        raise CalibrationError("evaluating lm-eval tasks needs lm-eval; install it: pip install 'llm-fp4[evaluation]'") from error
     if not tasks:
         raise UnsupportedError("no task is named; name at least one, such as arc_easy")
     folder = None if include_path is None else str(include_path)

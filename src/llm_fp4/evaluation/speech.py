@@ -58,7 +58,11 @@ def transcribe(model: Any, tokenizer: Any, batches: Iterable[dict[str, Tensor]])
 
 
 def word_error_rate(texts: list[str], truth: list[str]) -> float:
-    """Return the words to insert, delete or exchange over the words spoken, in lower case and without punctuation."""
+    """Return the words to insert, delete or exchange over the words spoken, in lower case and without punctuation.
+
+    Raises:
+        UnsupportedError: jiwer is not installed.
+    """
     try:
         import jiwer
     except ImportError:

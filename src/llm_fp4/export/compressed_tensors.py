@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from llm_fp4.checkpoint import STORED, Manifest, ModuleEntry, read_config
+from llm_fp4.checkpoint import Manifest, ModuleEntry, read_config
 from llm_fp4.export.holding import Holding, hold_weights
+from llm_fp4.export.shards import exactly, float_matrices, write_shards
 from llm_fp4.export.weights import PackedWeights
 from llm_fp4.numerics import QuantizedTensor, decode, parse
 from llm_fp4.plan import InputSpec
-from llm_fp4.storage import write_json, write_tensors
 
 WHOLE_MODEL = False
 NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
@@ -70,24 +70,16 @@ def write(folder: Path, weights: PackedWeights, out: Path) -> dict[str, Any]:
     Raises:
         OutputError: the directory cannot be written.
     """
-    manifest, files = weights.manifest, weights.files
-    weight_map: dict[str, str] = {}
-    size = 0
-    for shard in sorted({p.name for p in files.where.values()}):
-        tensors: dict[str, Tensor] = {}
-        for full in (n for n, p in files.where.items() if p.name == shard):
-            name, _, suffix = full.rpartition(".")
-            if name not in manifest or suffix not in STORED:
-                tensors[full] = files.get(full)
-            elif suffix == "weight_packed":
-                tensors |= {f"{name}.{s}": t for s, t in _tensors(manifest[name], weights[name]).items()}
-            elif suffix == "input_scale" and _global_input(manifest[name]):
-                tensors[f"{name}.input_global_scale"] = (1.0 / files.get(full)).reshape(1)
-        if tensors:
-            write_tensors(out / shard, tensors)
-            weight_map |= dict.fromkeys(tensors, shard)
-            size += sum(t.nbytes for t in tensors.values())
-    write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+    manifest = weights.manifest
+
+    def exchanged(name: str, suffix: str) -> dict[str, Tensor]:
+        if suffix == "weight_packed":
+            return _tensors(manifest[name], weights[name])
+        if suffix == "input_scale" and _global_input(manifest[name]):
+            return {"input_global_scale": (1.0 / weights.files.get(f"{name}.{suffix}")).reshape(1)}
+        return {}
+
+    write_shards(weights, out, exchanged)
     config = read_config(folder)
     if any(_container(e) == FLOAT for e in manifest.values()):
         config["dtype"] = "float32"
@@ -129,10 +121,9 @@ def _config(manifest: Manifest, weights: PackedWeights) -> dict[str, Any]:
         if container in (None, FLOAT):
             continue
         scheme = _scheme(str(container), entry)
-        groups.setdefault(repr(scheme), {**scheme, "targets": []})["targets"].append(f"re:^{name.replace('.', '[.]')}$")
+        groups.setdefault(repr(scheme), {**scheme, "targets": []})["targets"].append(f"re:{exactly(name)}")
     formats = sorted({g["format"] for g in groups.values()})
-    listed = {n.removesuffix(".weight") for n, s in weights.files.shapes.items() if n.endswith(".weight") and len(s) == 2}
-    ignore = sorted(n for n in {*listed, "lm_head"} if n not in manifest or _container(manifest[n]) == FLOAT)
+    ignore = sorted(n for n in {*float_matrices(weights.files), "lm_head"} if n not in manifest or _container(manifest[n]) == FLOAT)
     return {
         "quant_method": "compressed-tensors", "quantization_status": "compressed",
         "format": formats[0] if len(formats) == 1 else "mixed-precision",

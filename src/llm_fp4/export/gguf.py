@@ -57,7 +57,7 @@ def write(folder: Path, weights: PackedWeights, out: Path) -> None:
     try:
         import gguf
     except ImportError:
-        raise UnsupportedError("exporting to gguf needs gguf; install it: pip install llm-fp4[gguf]") from None
+        raise UnsupportedError("exporting to gguf needs gguf; install it: pip install 'llm-fp4[gguf]'") from None
     config = read_config(folder)
     kind = architecture(config)
     if missing := {h for e in weights.manifest.values() if (h := _container(e)) and not hasattr(gguf.GGMLQuantizationType, h)}:

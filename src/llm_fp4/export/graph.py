@@ -51,6 +51,7 @@ class TextGraph(nn.Module):
 
     @property
     def output(self) -> str:
+        """The name of what the graph returns."""
         return (
             "logits" if self.model.get_output_embeddings() is not None or hasattr(self.model, "classifier") else "last_hidden_state"
         )

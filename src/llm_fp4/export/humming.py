@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_fp4.checkpoint import STORED, Manifest, ModuleEntry, read_config
+from llm_fp4.checkpoint import Manifest, ModuleEntry, read_config
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.export.holding import Holding, hold_weights
+from llm_fp4.export.shards import exactly, float_matrices, write_shards
 from llm_fp4.export.weights import PackedWeights
 from llm_fp4.numerics import QuantizedTensor, scale_bytes
-from llm_fp4.storage import write_json, write_tensors
 
 WHOLE_MODEL = False
 FLOAT = "float32"
@@ -48,12 +48,13 @@ def hold(manifest: Manifest, weights: PackedWeights) -> Holding:
     """Return what Humming holds.
 
     Raises:
-        UnsupportedError: weights of other widths or without blocks, operands that vLLM merges and that differ, or smoothed inputs.
+        UnsupportedError: weights of other widths or without blocks, operands that vLLM merges and that differ, smoothed inputs, or no
+            linear in 4 bits.
     """
     names = {id(e): n for n, e in manifest.items()}
     holding = hold_weights(manifest, "humming", lambda e: _container(e, names[id(e)]), _REMEDY)
-    listed = {n.removesuffix(".weight") for n, s in weights.files.shapes.items() if n.endswith(".weight") and len(s) == 2}
-    _schemes(manifest, holding.containers, listed)
+    if not _schemes(manifest, holding.containers, float_matrices(weights.files)):
+        raise UnsupportedError(f"humming has nothing to hold in 4 bits: no linear but the head is quantized; {_REMEDY}")
     holding.notes.append("written from the engine's own code, never run on a GPU: compare its predictions before relying on it")
     kinds = {e.blocks.scale_dtype for e in manifest.values() if e.blocks is not None}
     holding.notes.append(f"serve it with --dtype {_dtype(kinds)}; products there are of 16-bit inputs")
@@ -68,30 +69,19 @@ def write(folder: Path, weights: PackedWeights, out: Path) -> dict[str, Any]:
     Raises:
         OutputError: the directory cannot be written.
     """
-    manifest, files = weights.manifest, weights.files
-    weight_map: dict[str, str] = {}
-    size = 0
-    for shard in sorted({p.name for p in files.where.values()}):
-        tensors: dict[str, Tensor] = {}
-        for full in (n for n, p in files.where.items() if p.name == shard):
-            name, _, suffix = full.rpartition(".")
-            if name not in manifest or suffix not in STORED:
-                tensors[full] = files.get(full)
-            elif suffix == "weight_packed":
-                tensors |= {f"{name}.{s}": t for s, t in words_and_scales(manifest[name], weights[name], name).items()}
-        if tensors:
-            write_tensors(out / shard, tensors)
-            weight_map |= dict.fromkeys(tensors, shard)
-            size += sum(t.nbytes for t in tensors.values())
+    manifest = weights.manifest
+
+    def exchanged(name: str, suffix: str) -> dict[str, Tensor]:
+        return words_and_scales(manifest[name], weights[name], name) if suffix == "weight_packed" else {}
+
+    write_shards(weights, out, exchanged)
     heads = {n: e.tied_to for n, e in manifest.items() if e.tied_to is not None}
     config = read_config(folder)
     if heads:
         config["tie_word_embeddings"] = True  # the head reads the embedding's values
-    write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
     config["dtype"] = _dtype({e.blocks.scale_dtype for e in manifest.values() if e.blocks is not None})
-    listed = {n.removesuffix(".weight") for n, s in files.shapes.items() if n.endswith(".weight") and len(s) == 2}
     containers = {n: str(_container(e, n)) for n, e in manifest.items()}
-    return {**config, "quantization_config": _config(manifest, containers, listed)}
+    return {**config, "quantization_config": _config(manifest, containers, float_matrices(weights.files))}
 
 
 def words_and_scales(entry: ModuleEntry, weight: QuantizedTensor, name: str = "") -> dict[str, Tensor]:
@@ -149,10 +139,6 @@ def _config(manifest: Manifest, containers: dict[str, str], listed: set[str]) ->
     schemes = _schemes(manifest, containers, listed)
     (usual, _), *_ = Counter(repr(s) for s in schemes.values()).most_common()
     base = next(s for s in schemes.values() if repr(s) == usual)
-    overrides = {f"+:{_exactly(n)}": {**dict.fromkeys(base), **s} for n, s in schemes.items() if s != base}
+    overrides = {f"+:{exactly(n)}": {**dict.fromkeys(base), **s} for n, s in schemes.items() if s != base}
     floats = sorted(n for n in {*listed, *(n for n, held in containers.items() if held == FLOAT)})
-    return {"quant_method": "humming", **base, "dynamic": overrides, "ignore": [f"re:{_exactly(n)}" for n in floats]}
-
-
-def _exactly(name: str) -> str:
-    return f"^{name.replace('.', '[.]')}$"
+    return {"quant_method": "humming", **base, "dynamic": overrides, "ignore": [f"re:{exactly(n)}" for n in floats]}

@@ -74,7 +74,7 @@ def write(model: Any, weights: PackedWeights, out: Path) -> None:
         OutputError: the directory cannot be written.
     """
     if find_spec("onnxscript") is None or find_spec("onnx_ir") is None:  # torch's exporter needs the first and says less
-        raise UnsupportedError("exporting to onnx needs onnxscript; install it: pip install llm-fp4[onnx]")
+        raise UnsupportedError("exporting to onnx needs onnxscript; install it: pip install 'llm-fp4[onnx]'")
     import onnx_ir
 
     graph = TextGraph(model).eval()
@@ -121,7 +121,7 @@ def _exchange(converted: Any, weights: PackedWeights) -> None:
             if weight.format == _E1M2 and product is not None:
                 _product(graph, product, weight, initializer)
             else:
-                consumer.replace_input_with(index, _dequantized(graph, consumer, weight, initializer))
+                consumer.replace_input_with(index, _dequantized(graph, weight, initializer))
         for consumer, _ in list(value.uses()):  # transposes that nothing reads any more
             graph.remove(consumer, safe=True)
         del graph.initializers[initializer]
@@ -182,7 +182,7 @@ def _product(graph: Any, product: Any, weight: QuantizedTensor, name: str) -> No
     graph.remove(product, safe=True)
 
 
-def _dequantized(graph: Any, before: Any, weight: QuantizedTensor, name: str) -> Any:
+def _dequantized(graph: Any, weight: QuantizedTensor, name: str) -> Any:
     """Return the output of a DequantizeLinear of the weight, made once and ahead of every reader."""
     import onnx_ir as ir
 

@@ -64,7 +64,7 @@ def write(model: Any, weights: PackedWeights, out: Path) -> None:
     try:
         import openvino as ov
     except ImportError:
-        raise UnsupportedError("exporting to openvino needs openvino; install it: pip install llm-fp4[openvino]") from None
+        raise UnsupportedError("exporting to openvino needs openvino; install it: pip install 'llm-fp4[openvino]'") from None
     graph = TextGraph(model).eval()
     try:
         converted = ov.convert_model(graph, example_input=dict(zip(graph.inputs, graph.example(), strict=True)))

@@ -47,7 +47,11 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not ty
             setattr(self, name, None)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Make everything empty, shaped after the first states."""
+        """Make everything empty, shaped after the first states.
+
+        Raises:
+            UnsupportedError: they are of another shape than those the scales were made for.
+        """
         spec, values = self.codes.spec, key_states if value_states is None else value_states
         found = (key_states.shape[1], key_states.shape[3], values.shape[3])
         if found != (spec.heads, spec.key_size, spec.value_size):

@@ -18,10 +18,12 @@ _FEW_BYTES = 1 << 15  # of codes times rows: less is done sooner by one thread t
 
 @cache
 def max_level(exponent_bits: int, mantissa_bits: int, signed: bool) -> int:
+    """Return the largest level of a format, in steps."""
     return FloatFormat(exponent_bits, mantissa_bits, signed).max_level
 
 
 def address(tensor: Tensor | None) -> int | None:
+    """Return where the elements of ``tensor`` lie, None (a null pointer) where there is none."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -31,11 +33,13 @@ def ready(tensor: Tensor | None, dtype: torch.dtype, count: int) -> bool:
 
 
 def check(status: int) -> None:
+    """Raise MemoryError where a kernel's status says that it found no memory."""
     if status != 0:
         raise MemoryError("the CPU kernels found no working memory; pass fewer tokens at a time")
 
 
 def threads(work: int) -> int:
+    """Return how many threads share ``work``, in bytes of codes times rows."""
     return 1 if work <= _FEW_BYTES else torch.get_num_threads()
 
 

@@ -23,6 +23,8 @@ class Norm(Structure):
 
 
 class Operand(Structure):
+    """One packed weight that reads a site; ``scale`` null where its blocks have scales."""
+
     _fields_ = [
         ("codes", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("out", c_int64), ("exponent_bits", c_int64),
         ("mantissa_bits", c_int64), ("block_scales", c_void_p), ("block_size", c_int64), ("e8m0", c_int64), ("second", c_void_p),
@@ -30,6 +32,8 @@ class Operand(Structure):
 
 
 class Site(Structure):
+    """An input and its ``count`` operands; ``scale`` null: it stays in float."""
+
     _fields_ = [
         ("columns", c_int64), ("scale", c_void_p), ("shift", c_void_p), ("smooth", c_void_p), ("exponent_bits", c_int64),
         ("mantissa_bits", c_int64), ("signed", c_int64), ("max_shift", c_int64), ("per_token", c_int64), ("hadamard", c_int64),
@@ -39,6 +43,8 @@ class Site(Structure):
 
 
 class Block(Structure):
+    """One block of a decoder, and its (kv_heads, capacity, head_dim) keys and values."""
+
     _fields_ = [
         ("before_attention", Norm), ("of_queries", Norm), ("of_keys", Norm), ("before_mlp", Norm), ("qkv", Site), ("output", Site),
         ("gate_up", Site), ("down", Site), ("heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64),

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from llm_fp4.errors import UnsupportedError
-from llm_fp4.numerics import FloatFormat, decode, round_to_level, unpack
+from llm_fp4.numerics import SMALLEST_STEP, FloatFormat, decode, round_to_level, unpack
 from llm_fp4.plan import LIMB, TWO_LIMBS
-
-_SMALLEST = 2.0**-126
 
 
 def _multiplier(scale: Tensor, shift: Tensor | None, smooth: Tensor | None) -> Tensor:
@@ -33,7 +31,7 @@ def token_scale(x: Tensor, ratio: Tensor, shift: Tensor | None, smooth: Tensor |
     if shift is not None or smooth is not None:
         shifted = shifted * _multiplier(torch.ones_like(ratio), shift, smooth)
     top = shifted.amax(-1, keepdim=True) if x.shape[-1] else shifted.new_zeros((len(x), 1))
-    step = (top * (ratio / max_level)).clamp_(min=_SMALLEST)
+    step = (top * (ratio / max_level)).clamp_(min=SMALLEST_STEP)
     return torch.where(top == 0, torch.ones_like(step), step)
 
 

@@ -6,10 +6,10 @@ from llm_fp4.models.runner import Batch, BlockRunner
 from llm_fp4.models.sizes import check_sizes
 from llm_fp4.models.skeleton import FloatModel, open_model, open_processor, open_tokenizer
 from llm_fp4.models.source import InMemory, LazyFiles, WeightSource
-from llm_fp4.models.structure import Structure, embedding_multiplier, find_stacks, find_structure, set_module, weight_shapes
+from llm_fp4.models.structure import Structure, embedding_multiplier, find_stacks, find_structure, placed, set_module, weight_shapes
 
 __all__ = [
     "Batch", "BlockRunner", "FloatModel", "InMemory", "LazyFiles", "Structure", "WeightSource",
     "check_sizes", "continued", "embedding_multiplier", "find_stacks", "find_structure", "kept_whole",
-    "open_model", "open_processor", "open_tokenizer", "separate_experts", "set_module", "weight_shapes",
+    "open_model", "open_processor", "open_tokenizer", "placed", "separate_experts", "set_module", "weight_shapes",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from llm_fp4.errors import UnsupportedError
-from llm_fp4.models.structure import set_module
+from llm_fp4.models.structure import placed
 
 Batch = dict[str, Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -72,24 +72,28 @@ class BlockRunner:
 
     @contextmanager
     def _stubs(self) -> Iterator[None]:
-        real = {name: self.model.get_submodule(name) for names in self.stacks.values() for name in names}
-        try:
-            for stack, names in self.stacks.items():
-                for i, name in enumerate(names):
-                    set_module(self.model, name, _Stub(real[name], self, stack, i))
+        stubs = {
+            name: _Stub(self.model.get_submodule(name), self, stack, i)
+            for stack, names in self.stacks.items()
+            for i, name in enumerate(names)
+        }
+        with placed(self.model, stubs):
             yield
-        finally:
-            for name, block in real.items():
-                set_module(self.model, name, block)
 
     def called(self, stack: str, index: int, call: Call) -> Any:
-        """Return what the block at ``index`` of ``stack`` is to return now, or stop the forward pass if that is not known."""
+        """Return what the block at ``index`` of ``stack`` is to return now, or stop the forward pass if that is not known.
+
+        Raises:
+            UnsupportedError: blocks run twice or out of order.
+        """
         name, seen = self.stacks[stack][index], self._seen.get(stack, 0)
         if index < seen:
-            raise UnsupportedError(f"{name} runs more than once in a forward pass, which is not implemented")
+            raise UnsupportedError(
+                f"{name} runs more than once in a forward pass, which is not implemented; such a model cannot be quantized block by block"
+            )
         if index > seen:
             raise UnsupportedError(
-                f"{name} runs before {self.stacks[stack][seen]}; blocks that do not run in order are not implemented"
+                f"{name} runs before {self.stacks[stack][seen]}; blocks out of order are not implemented, so this model cannot be quantized"
             )
         self._seen[stack] = index + 1
         done = self.done[stack]

@@ -23,11 +23,17 @@ def everything(name: str) -> bool:
 class WeightSource(Protocol):
     """Gives parameters by name; ``load`` makes a module real, ``release`` takes its memory back."""
 
-    def load(self, model: nn.Module, name: str, device: torch.device, wanted: Wanted = everything) -> nn.Module: ...
+    def load(self, model: nn.Module, name: str, device: torch.device, wanted: Wanted = everything) -> nn.Module:
+        """Return the submodule ``name`` of ``model`` with every parameter whose full name is ``wanted`` real."""
+        ...
 
-    def release(self, model: nn.Module, name: str) -> None: ...
+    def release(self, model: nn.Module, name: str) -> None:
+        """Take back the memory of the submodule ``name``, as far as :meth:`load` can bring its parameters again."""
+        ...
 
-    def dtype(self, name: str) -> torch.dtype: ...
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type in which the tensor ``name`` is stored."""
+        ...
 
     def table(self, name: str) -> Tensor | None:
         """Return the stored tensor over its mapped file, or None where it is in memory anyway."""

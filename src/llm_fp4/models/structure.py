@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,3 +168,16 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place called ``name``."""
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = module
+
+
+@contextmanager
+def placed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let ``modules`` stand in the places they are named by while the block holds."""
+    before = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            set_module(model, name, module)
+        yield
+    finally:
+        for name, module in before.items():
+            set_module(model, name, module)

@@ -9,12 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.numerics import FloatFormat, decode, encode, pack, unpack
+from llm_fp4.numerics import SMALLEST_STEP, FloatFormat, decode, encode, pack, unpack
 from llm_fp4.plan import CACHE_TENSORS, CachePlan, CacheSpec
 
 CACHE = "cache_codes"  # the name of the module that holds the scales, inside the attention module
 CACHE_STEP = torch.bfloat16  # of a value's step: any float32 step fits its range, and the codes are made for it as stored
-_SMALLEST = 2.0**-126
 
 
 class CacheCodes(nn.Module):
@@ -73,7 +72,7 @@ class CacheCodes(nn.Module):
             NonFiniteError: they hold NaN or infinity.
         """
         top = values.float().abs().amax(-1, keepdim=True)
-        step = (top * (self.value_ratio / self.spec.value.max_level)).clamp_(min=_SMALLEST)
+        step = (top * (self.value_ratio / self.spec.value.max_level)).clamp_(min=SMALLEST_STEP)
         step = torch.where(top == 0, torch.ones_like(step), step).to(CACHE_STEP)
         return pack(encode(values.float() / step.float(), self.spec.value, "a value"), self.spec.value.bits), step
 

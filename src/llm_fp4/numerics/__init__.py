@@ -21,6 +21,7 @@ from llm_fp4.numerics.granularity import (
 from llm_fp4.numerics.packing import pack, packed_width, unpack
 from llm_fp4.numerics.qtensor import QuantizedTensor, quantize_tensor, step_of
 from llm_fp4.numerics.rounding import (
+    SMALLEST_STEP,
     decode,
     encode,
     encode_levels,
@@ -31,7 +32,7 @@ from llm_fp4.numerics.rounding import (
 )
 
 __all__ = [
-    "FloatFormat", "Granularity", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantizedTensor", "block_step", "decode",
+    "SMALLEST_STEP", "FloatFormat", "Granularity", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantizedTensor", "block_step", "decode",
     "encode", "encode_levels", "fake_quantize", "formats_of_width", "levels", "max_scale", "neighbour", "pack", "packed_width",
     "parse", "parse_granularity", "quantize_tensor", "require_finite", "round_to_level", "scale_bytes", "scale_of_max",
     "scale_values", "second_scale", "step_of", "store_scale", "unpack",

@@ -14,7 +14,7 @@ from llm_fp4.errors import NonFiniteError
 from llm_fp4.numerics.formats import FloatFormat, levels
 
 _EXPONENT_MASK = 0x7F800000
-_SMALLEST_SCALE = 2.0**-126  # the reciprocal of a smaller step would overflow or be subnormal
+SMALLEST_STEP = 2.0**-126  # the reciprocal of a smaller step would overflow or be subnormal
 
 
 def require_finite(x: Tensor, name: str) -> None:
@@ -106,5 +106,5 @@ def scale_of_max(absmax: Tensor, fmt: FloatFormat) -> Tensor:
 
     A step below 2**-126 is raised to that, so that its reciprocal stays finite.
     """
-    scale = (absmax.float() / float(fmt.max_level)).clamp_(min=_SMALLEST_SCALE)
+    scale = (absmax.float() / float(fmt.max_level)).clamp_(min=SMALLEST_STEP)
     return torch.where(absmax == 0, torch.ones_like(scale), scale)

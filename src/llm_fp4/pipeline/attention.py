@@ -18,6 +18,16 @@ from llm_fp4.search import ProductSample, search_product
 NO_SEAM = "left in float: this block's attention does not run through transformers' attention interface"
 
 
+def full_name(block: str, own: str) -> str:
+    """Return the name in the model of what is called ``own`` in ``block``; the block itself where that is empty."""
+    return f"{block}.{own}" if own else block
+
+
+def product_sample(items: list[tuple[Tensor, Tensor, Tensor | None]]) -> ProductSample:
+    """Return the sample of a product from both inputs of each sequence and what counts of it, or None."""
+    return ProductSample([a for a, _, _ in items], [b for _, b, _ in items], [c for _, _, c in items])
+
+
 class AttentionSites:
     """The attention modules of one block that wait for their decision.
 
@@ -37,12 +47,11 @@ class AttentionSites:
         self.wanted = bool(recipe.attention_formats()[0])
         if self.wanted:
             self.waiting = [
-                (n, before) for n, before in attention_order(block, linears, lambda: run(0)) if recipe.selects(self._full(n))
+                (n, before)
+                for n, before in attention_order(block, linears, lambda: run(0))
+                if recipe.selects(full_name(self.name, n))
             ]
             self.found = bool(self.waiting)
-
-    def _full(self, name: str) -> str:
-        return f"{self.name}.{name}" if name else self.name
 
     def decide(self, linear: str | None, plans: dict[str, Any], at_once: bool) -> None:
         """Decide every attention module that runs before ``linear`` (None: all that are left).
@@ -61,7 +70,7 @@ class AttentionSites:
             products = AttentionProducts()
             if at_once:
                 module.add_module(CHILD, products)
-            decisions[self._full(name)] = [self._product(name, module, products, which) for which in (0, 1)]
+            decisions[full_name(self.name, name)] = [self._product(name, module, products, which) for which in (0, 1)]
             if not at_once:
                 self.later.append((module, products))
 
@@ -69,15 +78,13 @@ class AttentionSites:
         recipe = self.recipe
 
         def gradient(batch: int, item: int) -> Tensor | None:
-            return self.gradients.get(f"{self._full(name)}.{which}.{batch}.{item}")
+            return self.gradients.get(f"{full_name(self.name, name)}.{which}.{batch}.{item}")
 
         signed, probabilities = recipe.attention_formats()
         runs = [partial(self.run, i) for i in range(self.batches)]
         pairs = collect_product(module, which, runs, recipe.search.sample_tokens, gradient)
-        sample = ProductSample([a for a, _, _ in pairs], [b for _, b, _ in pairs], [c for _, _, c in pairs])
         formats = (probabilities if which else signed, signed)
-        search = recipe.search if recipe.method.startswith("fpq") else None
-        plan = search_product(sample, formats, search, recipe.attention.granularity == "per_head")
+        plan = search_product(product_sample(pairs), formats, recipe.searched, recipe.attention.granularity == "per_head")
         products.decide(which, plan)
         return plan.to_json((ATTENTION_INPUTS[2 * which], ATTENTION_INPUTS[2 * which + 1]))
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from llm_fp4.calibration import causal_attentions, collect_cached
 from llm_fp4.nn import CACHE, CacheCodes
-from llm_fp4.pipeline.attention import NO_SEAM
+from llm_fp4.pipeline.attention import NO_SEAM, full_name, product_sample
 from llm_fp4.recipe import Recipe
-from llm_fp4.search import ProductSample, search_cache
+from llm_fp4.search import search_cache
 
 NOT_CAUSAL = "left in float: it sees every token of an encoder, whose keys and values do not grow"
 NO_LAYER = "left in float: it does not keep keys and values in a cache of transformers"
@@ -35,9 +35,9 @@ def decide_caches(
     plans: dict[str, Any] = {}
     made: list[tuple[nn.Module, CacheCodes]] = []
     causal, others = causal_attentions(block, lambda: run(0))
-    plans |= {_full(name, n): {"reason": NOT_CAUSAL} for n in others if recipe.selects(_full(name, n))}
+    plans |= {full_name(name, n): {"reason": NOT_CAUSAL} for n in others if recipe.selects(full_name(name, n))}
     for own in causal:
-        full, module = _full(name, own), block.get_submodule(own)
+        full, module = full_name(name, own), block.get_submodule(own)
         if not recipe.selects(full):
             continue
         layer = getattr(module, "layer_idx", None)
@@ -50,9 +50,8 @@ def decide_caches(
         rules = recipe.cache
         runs = [partial(run, i) for i in range(batches)]
         scores, outputs = collect_cached(module, runs, recipe.search.sample_tokens, rules.sinks, rules.window)
-        search = recipe.search if recipe.method.startswith("fpq") else None
         partners = rotary_partners(module, scores[0][1].shape[1])
-        plan = search_cache(_sample(scores), _sample(outputs), formats, rules, search, partners)
+        plan = search_cache(product_sample(scores), product_sample(outputs), formats, rules, recipe.searched, partners)
         plans[full] = plan.to_json()
         made.append((module, CacheCodes.from_plan(plan)))
     return plans or {name: {"reason": NO_SEAM}}, made
@@ -73,11 +72,3 @@ def place_caches(made: list[tuple[nn.Module, CacheCodes]]) -> None:
     """Give each attention module the scales of its cache."""
     for module, codes in made:
         module.add_module(CACHE, codes)
-
-
-def _full(block: str, name: str) -> str:
-    return f"{block}.{name}" if name else block
-
-
-def _sample(pairs: list[Any]) -> ProductSample:
-    return ProductSample([a for a, _, _ in pairs], [b for _, b, _ in pairs], [c for _, _, c in pairs])

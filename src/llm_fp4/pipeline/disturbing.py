@@ -110,6 +110,7 @@ class FloatRun:
         self.runner.done = dict.fromkeys(self.runner.stacks, 0)
 
     def load(self, name: str) -> nn.Module:
+        """Return the block ``name`` with its parameters real."""
         return self.source.load(self.model, name, self.device)
 
     def advance(self, name: str) -> None:

@@ -49,8 +49,7 @@ def quantize_embedding(name: str, table: nn.Module, recipe: Recipe, gram: Tensor
     """
     weight = cast(Tensor, table.weight).detach().float()
     require_finite(weight, f"the weight of {name}")
-    searched = recipe.search if recipe.method.startswith("fpq") else None
-    plan, rounded = embedding_plan(name, weight, recipe.embedding_formats(), searched, gram)
+    plan, rounded = embedding_plan(name, weight, recipe.embedding_formats(), recipe.searched, gram)
     quantized = quantize_tensor(rounded, plan.scale, plan.format, PerRow(), name)
     return quantized, {"kind": "embedding", "multiplier": embedding_multiplier(table), **plan.to_json()}
 

@@ -64,7 +64,7 @@ def _resume(work: Workspace) -> None:
     for unit, plan in enumerate(work.store.plans()[1:], 1):
         if "block" not in plan:
             continue
-        work.runner.finish(plan["block"])
+        work.finish(plan["block"])
         outer = [n for n in plan["weights"] if n in work.structure.outer_linears]
         saved = work.store.saved(unit) if outer else {}
         for name in outer:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from llm_fp4.calibration import inputs_of
-from llm_fp4.models import BlockRunner, set_module
+from llm_fp4.models import BlockRunner, placed
 from llm_fp4.nn import linear_weight
 from llm_fp4.numerics import FloatFormat
 from llm_fp4.recipe import ModuleRule, Recipe
@@ -65,10 +64,10 @@ def learn_transforms(
         return inputs, soft
 
     _, soft = made(learned=False)
-    with _placed(runner.model, soft):
+    with placed(runner.model, soft):
         before = sum(float(steps.loss(step)) for step in steps)
     inputs, soft = made(learned=True)
-    with _placed(runner.model, soft), torch.enable_grad():
+    with placed(runner.model, soft), torch.enable_grad():
         after = _descend(steps, inputs, soft, recipe, generator)
     return {s: site.transform() for s, site in inputs.items()} if after < before else {}
 
@@ -174,18 +173,6 @@ def _format(candidates: tuple[FloatFormat, ...]) -> FloatFormat:
     """Return the format that stands for all candidates while maps are learned: the one with as many exponent bits as mantissa bits,
     or nearly; the search chooses among all of them afterwards."""
     return min(candidates, key=lambda f: (abs(f.exponent_bits - f.mantissa_bits - 1), f.exponent_bits))
-
-
-@contextmanager
-def _placed(model: nn.Module, modules: Linears) -> Iterator[None]:
-    before = {n: model.get_submodule(n) for n in modules}
-    try:
-        for n, m in modules.items():
-            set_module(model, n, m)
-        yield
-    finally:
-        for n, m in before.items():
-            set_module(model, n, m)
 
 
 def _first(tree: Any) -> Tensor:

@@ -103,7 +103,7 @@ def rotated(
     hidden = runner.first_hidden()
     width = hidden.shape[-1]
     roles = block_roles(block, lambda: runner.run(hidden), width)
-    _check_roles(model, structure, roles, width)
+    _check_roles(model, structure, roles)
     after = runner.run(hidden)
     outer = norm_before(model, lambda: runner.tail(after), width)
     outer = {n: norm for n, norm in outer.items() if n in structure.outer_linears}
@@ -131,7 +131,7 @@ def rotated(
     return RotatedSource(source, merge, [f"{b}.{n}" for b in structure.blocks for n in roles.hidden])
 
 
-def _check_roles(model: nn.Module, structure: Structure, roles: BlockRoles, width: int) -> None:
+def _check_roles(model: nn.Module, structure: Structure, roles: BlockRoles) -> None:
     if not roles.readers or not roles.writers:
         raise _refusal(model, f"no linear of {structure.blocks[0]} reads the output of an RMSNorm")
     inside = [{n.removeprefix(f"{b}.") for n in structure.linears[b]} for b in structure.blocks]

@@ -18,7 +18,7 @@ from llm_fp4.pipeline.importance import site_importance
 from llm_fp4.plan import FixedWeight, SiteResult
 from llm_fp4.recipe import ModuleRule, Recipe
 from llm_fp4.search import search_site
-from llm_fp4.statistics import SiteStatistics, TokenStore
+from llm_fp4.statistics import FloatRows, SiteStatistics, TokenStore
 from llm_fp4.transforms import HadamardTransform, InputTransform
 
 Linears = dict[str, nn.Module]
@@ -75,12 +75,14 @@ class Decided:
 def decide_site(
     group: list[str], selected: Linears, store: TokenStore, recipe: Recipe, fixed: dict[str, FixedWeight], plans: dict[str, Any],
     device: torch.device, head: bool = False, transform: InputTransform | None = None, gradients: Mapping[str, Tensor] | None = None,
+    wanted: FloatRows | None = None,
 ) -> Decided:  # fmt: skip
     """Return the decision of one site; ``plans`` gains its JSON.
 
     Args:
         store: rows of its input, transformed already. fixed: operands whose weight is decided already.
         transform: of the input, as it arrives. gradients: of the loss at the operands' outputs, where errors count by them.
+        wanted: the float model's rows, transformed too, which error compensation is to make up for.
     """
     name = group[0]
     weights = {n: linear_weight(selected[n]).float() for n in group}
@@ -91,7 +93,7 @@ def decide_site(
         weights = {n: transform.weight(w) for n, w in weights.items()}
     importance = None if gradients is None else site_importance(gradients, weights, store.tokens)
     statistics = SiteStatistics(name, store, device, recipe.seed ^ zlib.crc32(name.encode()), importance)
-    result = search_site(name, weights, statistics, rules, recipe, fixed)
+    result = search_site(name, weights, statistics, rules, recipe, fixed, wanted)
     if transform is not None and result.input is not None:
         transform.tell(result.input)
     added = {n: {"added_bias": True} for n in result.bias if getattr(selected[n], "bias", None) is None}

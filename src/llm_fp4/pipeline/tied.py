@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llm_fp4 import ranks
 from llm_fp4.calibration import collect
 from llm_fp4.checkpoint import BlockOutputs
-from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, set_module
+from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, placed
 from llm_fp4.nn import linear_shape
 from llm_fp4.progress import Progress
 from llm_fp4.recipe import Recipe
@@ -65,10 +65,8 @@ def float_head_gram(
     """
     outputs = BlockOutputs(folder / "float")
     runner = BlockRunner(model, structure.stacks, batches, outputs.load)
-    module = model.get_submodule(head)
-    stub = _Nothing(linear_shape(module)[0])
-    set_module(model, head, stub)  # only its input is wanted
-    try:
+    stub = _Nothing(linear_shape(model.get_submodule(head))[0])
+    with placed(model, {head: stub}):  # only its input is wanted
         while (name := runner.next_block()) is not None:
             source.load(model, name, device)
             for i in ranks.mine(len(batches)):
@@ -79,8 +77,6 @@ def float_head_gram(
             ranks.first(lambda: outputs.keep(runner.last_blocks()))
             progress(STAGE, sum(runner.done.values()), len(structure.blocks))
         store = collect({head: stub}, runs(runner.tail), folder)[head]
-    finally:
-        set_module(model, head, module)
     ranks.first(lambda: outputs.keep(()))
     gram = SiteStatistics(head, store, device, seed).gram
     store.delete()

@@ -43,6 +43,7 @@ class Sensitivity:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Sensitivity:
+        """Return what the run's state holds; JSON made words of the widths."""
         by_width = {key: {int(b): v for b, v in data[key].items()} for key in ("errors", "losses")}
         return cls(**{**data, **by_width})
 
@@ -56,6 +57,7 @@ class Site:
 
     @property
     def name(self) -> str:
+        """The first of the operands, after which the site is called."""
         return next(iter(self.operands))
 
 
@@ -80,6 +82,7 @@ class Candidate:
                 self._ready[bits] = trial
 
     def at(self, bits: int) -> Trial:
+        """Return the trial of a width, made again where it was not kept."""
         return self._ready.pop(bits, None) or self._make(bits)[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llm_fp4.pipeline.sites import Decided, Linears, decide_site, transform_of
 from llm_fp4.pipeline.tied import Runs
 from llm_fp4.plan import FixedWeight
 from llm_fp4.recipe import Recipe
-from llm_fp4.statistics import TokenStore
+from llm_fp4.statistics import FloatRows, TokenStore
 from llm_fp4.transforms import InputTransform
 
 Wave = list[list[str]]
@@ -45,7 +46,7 @@ def waves(groups: list[list[str]], rare: Collection[str], recipe: Recipe, head: 
 def decide_wave(
     wave: Wave, selected: Linears, runs: Runs, recipe: Recipe, fixed: dict[str, FixedWeight], plans: dict[str, Any],
     folder: Path, device: torch.device, head: bool = False, transform: InputTransform | None = None,
-    gradients: Mapping[str, Tensor] | None = None,
+    gradients: Mapping[str, Tensor] | None = None, wanted: FloatRows | None = None,
 ) -> list[Decided]:  # fmt: skip
     """Return the decisions of a wave's sites, after their inputs were collected; ``plans`` gains their JSON.
 
@@ -54,6 +55,7 @@ def decide_wave(
     Args:
         fixed: operands whose weight is decided already. folder: for the rows. transform: learned, of the input as it arrives.
         gradients: of the loss at the operands' outputs, where errors count by them.
+        wanted: the float model's rows at a wave's only site, which its error compensation is to make up for.
     Raises:
         UnsupportedError: no token reached any of the experts, or not each of them where several processes share the run.
     """
@@ -75,10 +77,12 @@ def decide_wave(
         for store in stores.values():
             everything.append(store.rows)
         stores |= dict.fromkeys(idle, everything)
+    if wanted is not None and transform is not None:
+        wanted = replace(wanted, change=transform.rows)
     decided = []
     for group in wave:
         store = stores[group[0]]
-        decided.append(decide_site(group, selected, store, recipe, fixed, plans, device, head, transform, gradients))
+        decided.append(decide_site(group, selected, store, recipe, fixed, plans, device, head, transform, gradients, wanted))
         if group[0] in idle:
             plans["weights"][group[0]]["reason"] = (
                 f"no calibration token reached this expert: calibrated on the {store.tokens} of the {reached} others of its layer"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from llm_fp4.checkpoint import STORED, RunStore
-from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, set_module, weight_shapes
+from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, placed, set_module, weight_shapes
 from llm_fp4.numerics import QuantizedTensor
+from llm_fp4.pipeline.float_inputs import FloatInputs
 from llm_fp4.pipeline.sampling import token_mask
 from llm_fp4.pipeline.sites import Decided, Linears, quantized_layers, selected_linears
 from llm_fp4.pipeline.tied import Runs, shared_heads
@@ -20,6 +22,7 @@ from llm_fp4.pipeline.waves import Wave, decide_wave
 from llm_fp4.plan import ATTENTION_INPUTS, CACHE_TENSORS, FixedWeight
 from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import Recipe
+from llm_fp4.statistics import FloatRows
 from llm_fp4.transforms import InputTransform
 
 PACKED = (*STORED, *(f"{n}_scale" for n in ATTENTION_INPUTS), *CACHE_TENSORS)  # stored as they are
@@ -35,6 +38,7 @@ class Workspace:
         gradients: of the float model's loss (see ``calibration.output_gradients``), None where all errors count alike.
         tables: packed embeddings of an in-memory run, until the next unit places them.
         later: quantized modules that the float model's own inputs must not see yet, by name.
+        floats: the float model's run beside the quantized one, where error compensation wants it.
     """
 
     model: nn.Module
@@ -53,6 +57,13 @@ class Workspace:
     def __post_init__(self) -> None:
         self.runner = BlockRunner(self.model, self.structure.stacks, self.batches, self.store.outputs.load)
         self.shapes = weight_shapes(self.model, self.structure)
+        names = (*self.structure.embeddings, *self.structure.aliases, *self.structure.outer_linears)
+        self._outer = {n: self.model.get_submodule(n) for n in names}
+        self.floats: FloatInputs | None = None
+        if (search := self.recipe.search).compensation == "gptaq":
+            self.floats = FloatInputs(
+                self.runner, self.store.outputs, self.store.scratch, self.mask, self._float_outer, search.inherited
+            )
 
     @property
     def sequential(self) -> bool:
@@ -70,7 +81,7 @@ class Workspace:
 
     def decide(
         self, wave: Wave, selected: Linears, run: Callable[[int], object], plans: dict[str, Any], head: bool = False,
-        fixed: dict[str, FixedWeight] | None = None, transform: InputTransform | None = None,
+        fixed: dict[str, FixedWeight] | None = None, transform: InputTransform | None = None, wanted: FloatRows | None = None,
     ) -> list[Decided]:  # fmt: skip
         """Return the decisions of a wave's sites, see :func:`decide_wave`; ``plans`` gains their JSON.
 
@@ -79,13 +90,23 @@ class Workspace:
         """
         return decide_wave(
             wave, selected, self.runs(run), self.recipe, fixed or {}, plans, self.store.scratch, self.device, head, transform,
-            self.gradients,
+            self.gradients, wanted,
         )  # fmt: skip
 
     def replace(self, site: Decided) -> None:
         """Put the quantized layers of a site in the places of its linears."""
         for name, layer in quantized_layers(site).items():
             set_module(self.model, name, layer)
+
+    def finish(self, block: str) -> None:
+        """Count a block as finished: its outputs are known from now on."""
+        self.runner.finish(block)
+        if self.floats is not None:
+            self.floats.finish(block)
+
+    def last_blocks(self) -> list[str]:
+        """Return the names under which the block outputs are stored that are still read."""
+        return self.runner.last_blocks() + (self.floats.last_blocks() if self.floats is not None else [])
 
     def runs(self, run: Callable[[int], object]) -> Runs:
         """Return ``run`` of every batch, with the batch's mask."""
@@ -95,10 +116,26 @@ class Workspace:
         """Return the (sequences, tokens) mask of batch ``i`` at what runs next, or None."""
         return token_mask(self.batches[i], self.runner)
 
+    @contextmanager
+    def _float_outer(self) -> Iterator[None]:
+        """Let modules outside the blocks that were exchanged for quantized ones be the float model's again for a while."""
+        exchanged = {n: m for n, m in self._outer.items() if self.model.get_submodule(n) is not m}
+        with placed(self.model, exchanged):
+            for n in exchanged:
+                if n not in self.structure.aliases:
+                    self.source.load(self.model, n, self.device)
+            self._tie_aliases()
+            yield
+            for n in exchanged:
+                self.source.release(self.model, n)
+
     def load_outer(self, everything: bool = False) -> None:
         """Make every parameter outside the blocks real; tied heads and tables only where ``everything`` is wanted."""
         without = (*self.structure.blocks, *(() if everything else (*self.structure.tied, *self.structure.aliases)))
         self.source.load(self.model, "", self.device, lambda n: not n.startswith(tuple(f"{b}." for b in without)))
+        self._tie_aliases()
+
+    def _tie_aliases(self) -> None:
         for alias, owner in self.structure.aliases.items():
             table = self.model.get_submodule(alias)
             if isinstance(table, nn.Embedding):  # until it is exchanged, too

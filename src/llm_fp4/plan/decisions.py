@@ -230,6 +230,11 @@ class AttentionSpec:
         """The shape of each input's scale."""
         return (self.heads, 1, 1) if self.heads else ()
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the stored tensors."""
+        return {f"{n}_scale": self.scale_shape for n in ATTENTION_INPUTS}
+
     def to_json(self) -> dict[str, Any]:
         return {**{n: f.name for n, f in zip(ATTENTION_INPUTS, self.formats, strict=True)}, "heads": self.heads}
 

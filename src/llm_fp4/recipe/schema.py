@@ -58,6 +58,7 @@ class ModuleRule(Strict):
             self.weight_blocks,
             self.input_blocks,
             self.transform,
+            self.unsigned_formats,
         )
 
 
@@ -87,6 +88,10 @@ class Recipe(Strict):
                 raise ValueError(f"search.objective fisher weighs a search, and method {self.method} has none; use fpq")
             if self.transforms.rotation != "none":
                 raise ValueError("search.objective fisher is not implemented with transforms.rotation; leave one of them out")
+        if self.search.compensation == "gptaq" and self.search.propagation == "parallel":
+            raise ValueError(
+                "search.compensation gptaq makes up for what earlier layers do to an input, and with propagation parallel they do nothing; use gptq"
+            )
         return self
 
     def selects(self, name: str) -> bool:
@@ -165,6 +170,11 @@ class Recipe(Strict):
         return self.model_copy(update={"overrides": [first, *self.overrides]})
 
     @property
+    def searched(self) -> SearchRules | None:
+        """The rules of the search; None where the method has none, and largest magnitudes decide."""
+        return self.search if self.method in ("fpq", "fpq-baseline") else None
+
+    @property
     def widths(self) -> str:
         """What people are told about the widths: "4/4/4", or the budget that they are chosen for."""
         return str(self.budget or self.bits)
@@ -220,7 +230,7 @@ class Recipe(Strict):
 
     def _unsigned(self, bits: int, names: list[str] | None) -> tuple[FloatFormat, ...]:
         """Return the unsigned candidates of an input; none where the recipe does not allow or the method does not search them."""
-        if bits == FLOAT_BITS or not self.inputs.unsigned or not self.method.startswith("fpq"):
+        if bits == FLOAT_BITS or not self.inputs.unsigned or self.searched is None:
             return ()
         if names is None:  # without a mantissa bit the sign's bit is spent on range alone, beyond what integers hold
             return tuple(f for f in formats_of_width(bits, signed=False) if f.mantissa_bits)

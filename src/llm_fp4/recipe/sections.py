@@ -14,6 +14,8 @@ FLOAT_BITS = 16  # the width that means "left in float"
 
 
 class Strict(BaseModel):
+    """A section whose unknown keys are refused and whose values stay as they were set."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -172,9 +174,11 @@ class SearchRules(Strict):
     ``grid``: "log2" around the calibrated maximum, or the "paper"'s multiples of the bias, from the first ``gamma`` to the
     second. ``propagation``: inputs through
     the quantized blocks before, or the float model's own. ``compensation``: after the search, choose levels so that
-    later columns make up for the errors of earlier ones; ``damping`` is added to its Hessian; ``sweeps`` of coordinate
-    descent over levels and scales follow it, from ``starts`` different first scales. ``bias_correction``: a layer's bias takes
-    the mean of its output error, which the search then leaves out.
+    later columns make up for the errors of earlier ones ("gptq"), and all of them for what the quantized layers before did to the
+    input ("gptaq", for which the float model's blocks run beside the quantized ones), or for the share ``inherited`` of it;
+    ``damping`` is added to the Hessian; ``sweeps`` of coordinate descent over levels and scales follow it, from ``starts``
+    different first scales. ``bias_correction``: a layer's bias takes the mean of its output error, which the search then leaves
+    out.
     """
 
     objective: Literal["output", "fisher"] = "output"
@@ -184,8 +188,9 @@ class SearchRules(Strict):
     gamma: tuple[float, float] = (0.01, 1.2)
     sample_tokens: int = Field(default=1024, ge=16)
     propagation: Literal["sequential", "parallel"] = "sequential"
-    compensation: Literal["none", "gptq"] = "none"
+    compensation: Literal["none", "gptq", "gptaq"] = "none"
     damping: float = Field(default=0.03, gt=0, lt=1)
+    inherited: float = Field(default=0.25, ge=0, le=1)
     sweeps: int = Field(default=4, ge=0)
     starts: int = Field(default=3, ge=1, le=5)
     bias_correction: bool = False

@@ -20,7 +20,7 @@ from llm_fp4.search.offsets import choose_variant, folded_biases, variants
 from llm_fp4.search.products import ProductSample, search_product
 from llm_fp4.search.quick import quick_input, quick_table, quick_weight
 from llm_fp4.search.sinks import scale_per_token, sink_ratio
-from llm_fp4.statistics import SiteStatistics
+from llm_fp4.statistics import FloatRows, SiteStatistics
 
 __all__ = [
     "Chosen", "Part", "ProductSample", "allocate", "embedding_plan", "quick_input", "quick_table", "quick_weight", "search_cache", "search_product",
@@ -30,22 +30,22 @@ __all__ = [
 
 def search_site(
     name: str, weights: dict[str, Tensor], statistics: SiteStatistics, rules: dict[str, ModuleRule], recipe: Recipe,
-    fixed: dict[str, FixedWeight] | None = None,
+    fixed: dict[str, FixedWeight] | None = None, wanted: FloatRows | None = None,
 ) -> SiteResult:  # fmt: skip
     """Return the plan of one input site by the recipe's method.
 
     Args:
         name: the site. weights: (out, in) float32 of every operand. rules: what holds for every operand.
-        fixed: operands whose weight is decided already.
+        fixed: operands whose weight is decided already. wanted: the float model's rows, for the error compensation.
     Raises:
         NonFiniteError: the calibration input holds NaN or infinity.
     """
     statistics.check()
     rule = next(iter(rules.values()))
-    correct = recipe.search.bias_correction and recipe.method.startswith("fpq")
+    correct = recipe.searched is not None and recipe.searched.bias_correction
     statistics = replace(statistics, centered=True) if correct else statistics
     if rule.weight_blocks is not None and rule.weight_formats:
-        result = search_blocks(name, weights, statistics, rules, recipe)
+        result = search_blocks(name, weights, statistics, rules, recipe, wanted)
         result.bias = folded_biases(weights, statistics, result, None, correct)
         return result
     per_token, ratio = scale_per_token(statistics, rule, recipe) if rule.input_formats else (False, None)
@@ -69,8 +69,8 @@ def search_site(
             rules = {n: r.model_copy(update={"input_formats": chosen.formats}) for n, r in rules.items()}
         shifted = statistics.minus(offset)
         result = descend(name, weights, shifted, rules, recipe.search, per_token=per_token, fixed=fixed)
-        if recipe.search.compensation == "gptq":
-            compensate_site(weights, shifted, result, recipe.search, fixed)
+        if recipe.search.compensation != "none":
+            compensate_site(weights, replace(shifted, wanted=wanted), result, recipe.search, fixed)
         result.rounded |= {n: f.values for n, f in (fixed or {}).items()}
         result.bias = folded_biases(weights, shifted, result, offset, correct)
         if result.input is not None and offset is not None:

@@ -41,6 +41,7 @@ class Part:
 
     @property
     def key(self) -> Key:
+        """What the part is called in a choice."""
         return self.kind, self.name
 
 
@@ -99,6 +100,11 @@ def _infeasible(
             return RecipeError("budget.choices and the overrides leave some layer no pair of widths; allow more choices")
         if (value := spent(parts, least, fixed_bytes)[row]) > most or len(rows) == 1:
             needs.append(what[row].format(value))
+    if not needs:
+        return RecipeError(
+            f"budget.{name} {most:,.10g} cannot be met for weights and inputs together, only for each alone, by pairs of widths that "
+            "budget.choices allows; raise the budget or allow narrower pairs"
+        )
     return RecipeError(
         f"budget.{name} {most:,.10g} cannot be met: the {'widest' if name == 'kl' else 'narrowest'} choices take "
         f"{' and '.join(needs)}; raise the budget or allow other choices"

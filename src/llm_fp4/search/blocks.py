@@ -6,6 +6,8 @@ scale is any stored value.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,15 @@ from llm_fp4.search.block_compensation import BlockGrid, compensate_blocks
 from llm_fp4.search.block_scales import search_scales
 from llm_fp4.search.inputs import InputChoice, OutputError
 from llm_fp4.search.weights import output_energy, output_loss
-from llm_fp4.statistics import SiteStatistics
+from llm_fp4.statistics import FloatRows, SiteStatistics
 
 _OCTAVES = 8  # of candidates below the scale of an input's largest magnitude
 
 
 def search_blocks(
-    name: str, weights: dict[str, Tensor], statistics: SiteStatistics, rules: dict[str, ModuleRule], recipe: Recipe
-) -> SiteResult:
+    name: str, weights: dict[str, Tensor], statistics: SiteStatistics, rules: dict[str, ModuleRule], recipe: Recipe,
+    wanted: FloatRows | None = None,
+) -> SiteResult:  # fmt: skip
     """Return the plan of a site whose weights have block scales.
 
     Method "minmax" takes every scale from the largest magnitude, others search it, for all blocks of a row jointly; error
@@ -31,6 +34,7 @@ def search_blocks(
 
     Args:
         weights: (out, in) float32 of every operand; all share one second scale, as engines that fuse them require.
+        wanted: the float model's rows, for the error compensation.
     """
     rule = next(iter(rules.values()))
     search = recipe.method != "minmax"
@@ -38,6 +42,9 @@ def search_blocks(
         choose_block_input(weights, statistics, rule, recipe.search.sample_tokens, search=search) if rule.input_formats else None
     )
     gram = statistics.quantized_gram(choice.quantize if choice else None)
+    compensated = gram
+    if wanted is not None:
+        compensated = replace(statistics, wanted=wanted).quantized_gram(choice.quantize if choice else None)
     blocks = rule.weight_blocks
     assert blocks is not None
     top = torch.stack([w.abs().amax() for w in weights.values()]).amax()
@@ -58,10 +65,15 @@ def search_blocks(
             best = (lost, plan) if best is None or lost < best[0] else best
         assert best is not None
         lost, plan = best
-        if search and recipe.search.compensation == "gptq":
-            values, scale = compensate_blocks(w, gram, BlockGrid(plan.format, blocks, second), recipe.search)
-            if (again := output_loss(w, values, gram, counts)) < lost:
-                lost, plan.scale, result.rounded[n] = again, scale, values
+        if search and recipe.search.compensation != "none":
+            values, scale = compensate_blocks(w, compensated, BlockGrid(plan.format, blocks, second), recipe.search)
+            before = (
+                lost
+                if wanted is None
+                else output_loss(w, fake_quantize(w, plan.step(w.shape[1]), plan.format), compensated, counts)
+            )
+            if (again := output_loss(w, values, compensated, counts)) < before:
+                lost, plan.scale, result.rounded[n] = lost * again / max(before, 1e-30), scale, values
         result.weights[n], plan.error = plan, lost / own
         loss, energy = loss + lost, energy + own
     if choice is not None:

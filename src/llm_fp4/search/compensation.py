@@ -112,6 +112,8 @@ def compensate_site(
 ) -> None:
     """Put compensated values of every weight of a searched site into ``result.rounded``, where they beat plain rounding.
 
+    With ``statistics.wanted`` they make up for what earlier layers did to the input too.
+
     Args:
         weights: (out, in) float32 of each operand. fixed: operands that are quantized already.
     """

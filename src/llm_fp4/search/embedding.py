@@ -36,7 +36,7 @@ def embedding_plan(
         gram, penalty = Gram(head_gram, None, None), output_energy(weight, head_gram) / energy
     choice, _ = choose_weight(weight, gram, formats, grids(search)[0], row_penalty=penalty)
     rounded = fake_quantize(weight, choice.scale.unsqueeze(1), choice.format)
-    if head_gram is not None and search.compensation == "gptq":
+    if head_gram is not None and search.compensation != "none":
         joint = head_gram + penalty * torch.eye(len(head_gram), device=head_gram.device)
         joint_gram = Gram(joint, None, None)
         rounded, choice.scale = compensated(weight, joint_gram, choice.scale, choice.format, search)

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from llm_fp4.numerics import FloatFormat
+from llm_fp4.numerics import SMALLEST_STEP, FloatFormat
 from llm_fp4.plan import InputSpec
 
 Key = TypeVar("Key", FloatFormat, InputSpec)
@@ -23,6 +23,7 @@ class Best:
         self._loss, self.scale, self.value = loss, first.clone(), loss(first)
 
     def try_scale(self, scale: Tensor) -> None:
+        """Take the elements of ``scale`` that lose less than the best so far."""
         value = self._loss(scale)
         better = value < self.value
         self.scale, self.value = torch.where(better, scale, self.scale), torch.where(better, value, self.value)
@@ -81,7 +82,7 @@ class PaperGrid:
         bias = fmt.bias_of_scale(start)
         best = Best(loss, start)
         for gamma in self._gammas:
-            best.try_scale(fmt.scale_of_bias(gamma * bias).float().clamp(2.0**-126, 2.0**100))
+            best.try_scale(fmt.scale_of_bias(gamma * bias).float().clamp(SMALLEST_STEP, 2.0**100))
         return best
 
     def refine(self, best: Best, again: bool) -> None:

@@ -38,6 +38,7 @@ class Variant:
     words: str
 
     def shifted(self, x: Tensor) -> Tensor:
+        """Return (..., in) ``x`` less the offset."""
         return x if self.offset is None else x - self.offset
 
 

@@ -68,7 +68,7 @@ def quick_input(weights: dict[str, Tensor], statistics: SiteStatistics, rule: Mo
 
 def _grid(recipe: Recipe, lowest: float, coarse: float = 0.25, highest: float = 0.0) -> Grid:
     """Return a grid around the largest magnitude; that alone for methods without search."""
-    if not recipe.method.startswith("fpq"):
+    if recipe.searched is None:
         lowest = highest = 0.0
     return Log2Grid(lowest=lowest, coarse=coarse, highest=highest, refinements=0)
 

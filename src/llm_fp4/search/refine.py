@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_fp4.numerics import FloatFormat, fake_quantize
+from llm_fp4.numerics import SMALLEST_STEP, FloatFormat, fake_quantize
 
 _BLOCK = 128  # columns between two updates of all columns
 
@@ -37,7 +37,7 @@ def fit_scale(target: Tensor, levels: Tensor, hessian: Tensor, scale: Tensor, pi
         sums.append(torch.stack(((target[:, p] * seen).sum(0), (own * seen).sum(0))))
     up, down = torch.cat(sums, 1)
     fitted = up / down.clamp_min(1e-30)
-    return torch.where((down > 0) & (fitted > 2.0**-126), fitted, scale)
+    return torch.where((down > 0) & (fitted > SMALLEST_STEP), fitted, scale)
 
 
 def refine(

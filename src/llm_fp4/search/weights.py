@@ -22,7 +22,9 @@ _ROWS = 2048  # rows scored at once: bounds the temporaries of a vocabulary-size
 class InputRounding(Protocol):
     """What is decided of an input."""
 
-    def quantize(self, rows: Tensor) -> Tensor: ...
+    def quantize(self, rows: Tensor) -> Tensor:
+        """Return (n, in) rows rounded."""
+        ...
 
 
 @dataclass
@@ -97,13 +99,13 @@ def losses_by_tokens(
     """Return what :func:`row_losses` does, from the outputs of all tokens: cheaper than Gram matrices where tokens are few."""
     lost = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     own = ranks.own(len(weight), _ROWS)
-    for x, root in zip(statistics.chunks(), statistics.roots(), strict=True) if own else ():
+    for (x, wanted), root in zip(statistics.pairs(), statistics.roots(), strict=True) if own else ():
         q = x if quantize is None else quantize(x)
-        e = x - q
+        e = wanted - q
         for rows in own:
             w = weight[rows]
             wrong = q @ (w - values(rows)).t()
-            if quantize is not None:
+            if quantize is not None or statistics.wanted is not None:
                 wrong.addmm_(e, w.t())
             if root is not None:
                 wrong.mul_(root)

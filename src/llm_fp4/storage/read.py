@@ -32,12 +32,11 @@ class TensorFiles:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             try:
-                weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, UnicodeDecodeError):
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise self._error(f"{index} is not a valid shard index; download or save the model again") from None
-            files = sorted(set(weight_map.values()))
             for file in files:
-                if Path(file).name != file:
+                if not isinstance(file, str) or Path(file).name != file:
                     raise self._error(f"{index} names {file!r}, which is not a file of this directory; the index is corrupt")
         else:
             files = sorted(p.name for p in folder.glob("*.safetensors"))
@@ -64,6 +63,7 @@ class TensorFiles:
             raise self._error(f"{path} is not a complete safetensors file ({error}); download or save it again") from None
 
     def names(self) -> Iterable[str]:
+        """Return the names of all tensors."""
         return self.where.keys()
 
     def get(self, name: str) -> Tensor:
@@ -79,4 +79,5 @@ class TensorFiles:
         return tensor
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return the type a tensor is stored in; float32 where there is no such tensor."""
         return self._dtypes.get(name, torch.float32)

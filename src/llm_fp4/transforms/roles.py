@@ -25,11 +25,6 @@ class BlockRoles:
     values: dict[str, str] = field(default_factory=dict)
 
     @property
-    def norms(self) -> list[str]:
-        """The norms whose gains the readers take over."""
-        return sorted(set(self.readers.values()))
-
-    @property
     def hidden(self) -> list[str]:
         """Writers whose input no merged rotation reaches: those behind an activation function."""
         return [w for w in self.writers if w not in self.values.values()]

@@ -9,6 +9,13 @@ from llm_fp4.kernels import hadamard
 from llm_fp4.kernels.hadamard import power_of_two
 
 
+def orthogonal(width: int, generator: torch.Generator) -> Tensor:
+    """Return a random orthogonal (width, width) float32 matrix."""
+    q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+    signed: Tensor = (q * r.diagonal().sign()).float()
+    return signed
+
+
 class Rotation:
     """An orthogonal (width, width) matrix Q, applied without being formed.
 
@@ -20,9 +27,7 @@ class Rotation:
         self.width, self._size = width, power_of_two(width)
         generator = torch.Generator().manual_seed(seed)
         self._signs = torch.randint(0, 2, (width,), generator=generator).float() * 2 - 1
-        odd = width // self._size
-        dense, triangle = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64))
-        self._odd = (dense * triangle.diagonal().sign()).float()
+        self._odd = orthogonal(width // self._size, generator)
 
     def right(self, x: Tensor) -> Tensor:
         """Return (..., width) ``x Q``, float32."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from llm_fp4.kernels import kronecker, split_width
 from llm_fp4.numerics import FloatFormat, round_to_level
 from llm_fp4.transforms.inputs import KroneckerTransform
+from llm_fp4.transforms.rotation import orthogonal
 
 _START = 2.5  # the sigmoid of it, 0.92, is the share of the largest magnitude that is not clipped
 _SMALLEST = 1e-12
@@ -83,10 +84,3 @@ class SoftLinear(nn.Module):
         scale = mapped.abs().amax(1, keepdim=True).clamp_min(_SMALLEST) * (torch.sigmoid(self.clip) / self._format.max_level)
         rounded: Tensor = nn.functional.linear(site(x), soft_level(mapped / scale, self._format) * scale, self._bias)
         return rounded
-
-
-def orthogonal(width: int, generator: torch.Generator) -> Tensor:
-    """Return a random orthogonal (width, width) float32 matrix."""
-    q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
-    signed: Tensor = (q * r.diagonal().sign()).float()
-    return signed

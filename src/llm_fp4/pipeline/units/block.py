@@ -36,8 +36,8 @@ def block_unit(work: Workspace, unit: int) -> None:
     tensors = work.tensors(block, name)
     for layer in plans.pop("outer", []):
         tensors |= work.tensors(before[layer], layer)
-    work.runner.finish(name)
-    work.store.finish(unit, tensors, {**plans, "block": name}, work.runner.last_blocks())
+    work.finish(name)
+    work.store.finish(unit, tensors, {**plans, "block": name}, work.last_blocks())
     if not work.keep:
         work.source.release(work.model, name)
 
@@ -58,9 +58,11 @@ def _quantize(work: Workspace, name: str, plans: dict[str, Any]) -> None:
     # an expert's input reaches it in no order that a block's output could teach
     common = [g for g in groups if g[0] not in rare]
     maps = learn_transforms(work.runner, name, common, selected, recipe, work.mask) if recipe.transforms.learned else {}
+    # tokens reach other experts in the float model
+    wanted = work.floats.block(name, {g[0]: selected[g[0]] for g in common}) if work.floats is not None else {}
     for wave in waves(groups, rare, recipe):
         attention.decide(wave[0][0], plans, work.sequential)
-        decided += work.decide(wave, selected, run, plans, transform=maps.get(wave[0][0]))
+        decided += work.decide(wave, selected, run, plans, transform=maps.get(wave[0][0]), wanted=wanted.get(wave[0][0]))
         while work.sequential and decided:  # otherwise every site of the block reads what it reads in the float model
             work.replace(decided.pop())
     attention.decide(None, plans, work.sequential)

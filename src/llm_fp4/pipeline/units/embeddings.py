@@ -26,7 +26,7 @@ def embeddings_unit(work: Workspace) -> None:
             tensors |= work.tensors(table, name)
             continue
         head = next((h for h, e in heads.items() if e == name), None)
-        gram = _head_gram(work, head) if head and recipe.method.startswith("fpq") else None
+        gram = _head_gram(work, head) if head and recipe.searched else None
         quantized, plans[name] = quantize_embedding(name, table, recipe, gram)
         tensors |= {f"{name}.weight_packed": quantized.packed, f"{name}.weight_scale": quantized.scale}
         if work.keep:

@@ -11,6 +11,7 @@ from llm_fp4.pipeline.sites import Decided, Linears, quantized_layers, split_sit
 from llm_fp4.pipeline.units.embeddings import place_embeddings
 from llm_fp4.pipeline.workspace import Workspace
 from llm_fp4.plan import FixedWeight, WeightPlan
+from llm_fp4.statistics import FloatRows
 
 
 def bridge(work: Workspace, name: str, plans: dict[str, Any]) -> Linears:
@@ -45,8 +46,10 @@ def tail_unit(work: Workspace, unit: int) -> None:
     plans: dict[str, Any] = {"weights": {}, "inputs": {}}
     if selected:
         work.runner.check(None, lambda run: inputs_of(selected, run))
-    for group in split_sites(shared_inputs(selected, lambda: work.runner.tail(0)), selected, work.recipe, head=True):
-        work.replace(_decide(work, group, selected, plans))
+    groups = split_sites(shared_inputs(selected, lambda: work.runner.tail(0)), selected, work.recipe, head=True)
+    wanted = work.floats.tail({g[0]: selected[g[0]] for g in groups}) if work.floats is not None else {}
+    for group in groups:
+        work.replace(_decide(work, group, selected, plans, wanted.get(group[0])))
     tensors = work.tensors(work.model, "")
     apart = (*structure.blocks, *structure.embeddings, *structure.aliases, *early)
     shared = {f"{h}.{t}" for h in heads for t in ("weight_packed", "weight_scale")}
@@ -57,12 +60,14 @@ def tail_unit(work: Workspace, unit: int) -> None:
     work.store.finish(unit, tensors, plans)
 
 
-def _decide(work: Workspace, group: list[str], selected: Linears, plans: dict[str, Any]) -> Decided:
+def _decide(
+    work: Workspace, group: list[str], selected: Linears, plans: dict[str, Any], wanted: FloatRows | None = None
+) -> Decided:
     """Return the decision of one site outside the blocks; a head that shares an embedding's codes has its weight from there."""
     heads = work.shared_head
     shared = {n: heads[n] for n in group if n in heads}
     fixed = {n: _stored_embedding(work, n, embedding) for n, embedding in shared.items()}
-    (site,) = work.decide([group], selected, work.runner.tail, plans, head=True, fixed=fixed)
+    (site,) = work.decide([group], selected, work.runner.tail, plans, head=True, fixed=fixed, wanted=wanted)
     for n, embedding in shared.items():
         plans["weights"][n]["tied_to"] = embedding
     return site
