@@ -13,7 +13,6 @@ from torch import Tensor
 from llm_fp4 import ranks
 from llm_fp4.calibration import collect
 from llm_fp4.errors import UnsupportedError
-from llm_fp4.pipeline.memory import trim
 from llm_fp4.pipeline.sites import Decided, Linears, decide_site, transform_of
 from llm_fp4.pipeline.tied import Runs
 from llm_fp4.plan import FixedWeight
@@ -81,7 +80,6 @@ def decide_wave(
     if wanted is not None and transform is not None:
         wanted = replace(wanted, change=transform.rows)
     decided = []
-    trim()
     for group in wave:
         store = stores[group[0]]
         decided.append(decide_site(group, selected, store, recipe, fixed, plans, device, head, transform, gradients, wanted))

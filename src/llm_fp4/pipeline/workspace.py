@@ -15,7 +15,6 @@ from llm_fp4.checkpoint import STORED, RunStore
 from llm_fp4.models import Batch, BlockRunner, Structure, WeightSource, placed, set_module, weight_shapes
 from llm_fp4.numerics import QuantizedTensor
 from llm_fp4.pipeline.float_inputs import FloatInputs
-from llm_fp4.pipeline.memory import trim
 from llm_fp4.pipeline.sampling import token_mask
 from llm_fp4.pipeline.sites import Decided, Linears, quantized_layers, selected_linears
 from llm_fp4.pipeline.tied import Runs, shared_heads
@@ -58,10 +57,11 @@ class Workspace:
     def __post_init__(self) -> None:
         self.runner = BlockRunner(self.model, self.structure.stacks, self.batches, self.store.outputs.load)
         self.shapes = weight_shapes(self.model, self.structure)
-        names = (*self.structure.embeddings, *self.structure.aliases, *self.structure.outer_linears)
-        self._outer = {n: self.model.get_submodule(n) for n in names}
+        self._outer: Linears = {}
         self.floats: FloatInputs | None = None
         if (search := self.recipe.search).compensation == "gptaq":
+            names = (*self.structure.embeddings, *self.structure.aliases, *self.structure.outer_linears)
+            self._outer = {n: self.model.get_submodule(n) for n in names}
             self.floats = FloatInputs(
                 self.runner, self.store.outputs, self.store.scratch, self.mask, self._float_outer, search.inherited
             )
@@ -89,7 +89,6 @@ class Workspace:
         Args:
             run: runs what reads the sites' inputs on the batch of a number.
         """
-        trim()
         return decide_wave(
             wave, selected, self.runs(run), self.recipe, fixed or {}, plans, self.store.scratch, self.device, head, transform,
             self.gradients, wanted,
