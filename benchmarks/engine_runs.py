@@ -155,7 +155,7 @@ def llama_cpp(folder: Path) -> Engine:
 
     written, wide = folder / "model.gguf", folder / "float.gguf"
     if not wide.exists():
-        _dequantize(written, wide)
+        in_float(written, wide)
     running = opened(written, native.GGML_TYPE_F16, False)
 
     def speed(prompt: Tensor, new: int) -> dict[str, float]:
@@ -173,8 +173,8 @@ def llama_cpp(folder: Path) -> Engine:
     return Engine(f"llama-cpp-python {version('llama-cpp-python')}", predicting(written), speed, predicting(wide))
 
 
-def _dequantize(source: Path, out: Path) -> None:
-    """Write ``source`` again with every tensor in float32, as gguf dequantizes it."""
+def in_float(source: Path, out: Path) -> None:
+    """Write a GGUF file again with every tensor in float32, as gguf dequantizes it: llama.cpp then rounds nothing."""
     import gguf
 
     reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(out, "llama")
@@ -189,6 +189,14 @@ def _dequantize(source: Path, out: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def q8_0(x: Tensor) -> Tensor:
+    """Return ``x`` as llama.cpp multiplies 4-bit weights with: int8 in blocks of 32 under a float16 step. Source: ggml's quantize_row_q8_0."""
+    blocks = x.unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0.0)
+    return ((blocks * inverse).round() * (largest / 127).half().float()).flatten(-2)
 
 
 def vllm(folder: Path) -> Engine:

@@ -27,7 +27,7 @@ from typing import Any
 import engine_runs
 import torch
 from common import HERE, WORK, record, smollm2, spread, texts
-from engine_runs import VOCABULARY, Logits
+from engine_runs import VOCABULARY, Logits, q8_0
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -113,14 +113,6 @@ def disturbed(model: Any) -> Any:
         if name.endswith("layernorm"):
             module.register_forward_hook(lambda _, args, out: out * (1 + 1e-7 * torch.randn_like(out)))
     return model
-
-
-def q8_0(x: Tensor) -> Tensor:
-    """Return ``x`` as llama.cpp multiplies 4-bit weights with: int8 in blocks of 32 under a float16 step. Source: ggml's quantize_row_q8_0."""
-    blocks = x.unflatten(-1, (-1, 32))
-    largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, 0.0)
-    return ((blocks * inverse).round() * (largest / 127).half().float()).flatten(-2)
 
 
 def distance(ours: Any, engine: Logits, windows: Tensor) -> dict[str, float]:

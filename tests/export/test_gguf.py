@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import socket
 import urllib.request
@@ -72,39 +73,22 @@ def test_weights_are_equal_bit_for_bit(kind: str, merging: Callable[..., Path], 
     assert found["blk.0.attn_q.bias"][1].shape == (64,)
 
 
-def in_float(source: Path, out: Path) -> None:
-    """Write ``source`` again with every tensor dequantized by gguf itself: llama.cpp then multiplies in float32, nothing is rounded."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(out, "llama")
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            writer.add_key_value(field.name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
-    values = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
-    for name, value in values.items():
-        if not name.endswith(".scale"):
-            writer.add_tensor(name, value * values.get(name.removesuffix("weight") + "scale", 1.0))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the benchmark's module on how engines run our files."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    return importlib.import_module("engine_runs")
 
 
-def rounded_to_8_bits(x: torch.Tensor) -> torch.Tensor:
-    """Return inputs as llama.cpp multiplies 4-bit weights with: int8 in blocks of 32 under a float16 step."""
-    blocks = x.unflatten(-1, (-1, 32))
-    largest = blocks.abs().amax(-1, keepdim=True)
-    return ((blocks * (127 / largest)).round() * (largest / 127).half().float()).flatten(-2)
-
-
-def predictions(folder: Path, tokens: list[int], rounded: bool) -> torch.Tensor:
-    """Return our log-probabilities with inputs in float, or rounded as llama.cpp does."""
+def predictions(folder: Path, tokens: list[int], rounding: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
+    """Return our log-probabilities with inputs in float, or rounded by ``rounding``."""
     import llm_fp4
     from llm_fp4.nn import QuantLinear
 
     model = llm_fp4.load(folder, dtype=torch.float32)
     for module in model.modules():
-        if isinstance(module, QuantLinear) and rounded:
-            module.register_forward_pre_hook(lambda _, args: (rounded_to_8_bits(args[0]),))
+        if isinstance(module, QuantLinear) and rounding is not None:
+            module.register_forward_pre_hook(lambda _, args: (rounding(args[0]),))
     with torch.no_grad():
         result: torch.Tensor = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
     return result
@@ -144,16 +128,16 @@ def llama_cpp(path: Path, tokens: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_llama_cpp_predicts_the_same(kind: str, merging: Callable[..., Path], tmp_path: Path) -> None:
+def test_llama_cpp_predicts_the_same(kind: str, merging: Callable[..., Path], runs: Any, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) is not installed here; see make test-engines")
     formats, rules = BLOCKS[kind]
     folder = merging(formats, "16/4/16", rules=rules, hidden_size=128, intermediate_size=256)
     export(folder, tmp_path / "out", "gguf")
     written, tokens = tmp_path / "out" / "model.gguf", list(range(3, 25))
-    in_float(written, tmp_path / "float.gguf")
+    runs.in_float(written, tmp_path / "float.gguf")
     # the same weights in float: the graph is ours. As written: so are the 4-bit products, 8-bit inputs included
-    for path, rounded, bar in ((tmp_path / "float.gguf", False, 1e-6), (written, True, 1e-3)):
-        ours, theirs = predictions(folder, tokens, rounded), llama_cpp(path, tokens)
+    for path, rounding, bar in ((tmp_path / "float.gguf", None, 1e-6), (written, runs.q8_0, 1e-3)):
+        ours, theirs = predictions(folder, tokens, rounding), llama_cpp(path, tokens)
         kl = (ours.exp() * (ours - theirs)).sum(-1)
         assert kl.mean() <= bar, kl
         assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
