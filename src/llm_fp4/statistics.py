@@ -65,6 +65,10 @@ class TokenStore:
         flat = torch.from_file(str(self.path), shared=True, size=self.tokens * self.channels, dtype=torch.float32)
         return flat.view(self.tokens, self.channels)
 
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield at most :data:`CHUNK` rows at a time, in order."""
+        yield from torch.split(self.rows, CHUNK)
+
     def delete(self) -> None:
         """Remove the file, once every rank has come here."""
         self._file.close()
@@ -115,8 +119,7 @@ class FloatRows:
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield (n, in) rows in order."""
-        for rows in self.tokens.rows.split(CHUNK):  # type: ignore[no-untyped-call]
-            yield rows if self.change is None else self.change(rows)
+        yield from self.tokens.chunks() if self.change is None else map(self.change, self.tokens.chunks())
 
 
 @dataclass
@@ -151,7 +154,7 @@ class SiteStatistics:
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield (n, in) rows on the device, in order."""
-        for rows in self.tokens.rows.split(CHUNK):  # type: ignore[no-untyped-call]
+        for rows in self.tokens.chunks():
             yield self._shifted(rows.to(self.device))
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:

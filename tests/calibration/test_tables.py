@@ -45,7 +45,7 @@ def test_a_missing_library_is_named_with_its_remedy(
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"")
-    with pytest.raises(CalibrationError, match=r"pip install llm-fp4\[data\]"):
+    with pytest.raises(CalibrationError, match=r"pip install 'llm-fp4\[data\]'"):
         list(documents(source))
 
 

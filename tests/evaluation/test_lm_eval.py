@@ -126,5 +126,5 @@ def test_missing_data_of_a_task(tasks: Path, tiny_llama: Callable[..., Any], tin
 
 def test_without_lm_eval_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(CalibrationError, match=r"pip install llm-fp4\[evaluation\]"):
+    with pytest.raises(CalibrationError, match=r"pip install 'llm-fp4\[evaluation\]'"):
         evaluate_tasks(None, tiny_tokenizer, ["arc_easy"])

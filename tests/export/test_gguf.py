@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import socket
 import urllib.request
@@ -72,25 +73,74 @@ def test_weights_are_equal_bit_for_bit(kind: str, merging: Callable[..., Path], 
     assert found["blk.0.attn_q.bias"][1].shape == (64,)
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_llama_cpp_loads_and_runs_it(kind: str, merging: Callable[..., Path], tmp_path: Path) -> None:
-    native = pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) is not installed here; see make test-engines")
-    formats, rules = BLOCKS[kind]
-    folder = merging(formats, "16/4/16", rules=rules, hidden_size=128, intermediate_size=256)
-    export(folder, tmp_path / "out", "gguf")
-    params = native.CommonParams()
-    params.model.path = str(tmp_path / "out" / "model.gguf")
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the benchmark's module on how engines run our files."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    return importlib.import_module("engine_runs")
+
+
+def predictions(folder: Path, tokens: list[int], rounding: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
+    """Return our log-probabilities with inputs in float, or rounded by ``rounding``."""
+    import llm_fp4
+    from llm_fp4.nn import QuantLinear
+
+    model = llm_fp4.load(folder, dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and rounding is not None:
+            module.register_forward_pre_hook(lambda _, args: (rounding(args[0]),))
+    with torch.no_grad():
+        result: torch.Tensor = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+    return result
+
+
+def llama_cpp(path: Path, tokens: list[int]) -> torch.Tensor:
+    """Return llama.cpp's log-probabilities; its keys and values stay in float32, where the usual float16 turns over 8-bit roundings."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.warmup = 64, 1, False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.no_extra_bufts = True  # no repacked weights, which are summed in another order
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         params.hostnames, params.port = ["127.0.0.1"], free.getsockname()[1]
-    server = native.Server(params)  # raises where llama.cpp cannot load the file
-    body = {"prompt": list(range(3, 25)), "n_predict": 8, "temperature": 0, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"{server.listening_address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    assert json.load(urllib.request.urlopen(request))["content"]
+    server = xllamacpp.Server(params)  # raises where llama.cpp cannot load the file
+
+    def ask(**body: Any) -> Any:
+        data = json.dumps({"temperature": 0, "ignore_eos": True, **body}).encode()
+        request = urllib.request.Request(f"{server.listening_address}/completion", data, {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request))
+
+    assert ask(prompt=tokens, n_predict=8)["content"]
+    rows = torch.full((len(tokens), 260), -200.0, dtype=torch.float64)
+    for end in range(1, len(tokens) + 1):
+        # "!" is what it then says, whatever it predicts: of a token that is no whole character the server tells nothing.
+        # The probabilities are those before the bias
+        asked = {"n_predict": 1, "n_probs": 260, "logit_bias": [[2, 1000.0]]}
+        (answer,) = ask(prompt=tokens[:end], **asked)["completion_probabilities"]
+        for each in answer["top_logprobs"]:
+            rows[end - 1, each["id"]] = each["logprob"]
+    return rows
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_llama_cpp_predicts_the_same(kind: str, merging: Callable[..., Path], runs: Any, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) is not installed here; see make test-engines")
+    formats, rules = BLOCKS[kind]
+    folder = merging(formats, "16/4/16", rules=rules, hidden_size=128, intermediate_size=256)
+    export(folder, tmp_path / "out", "gguf")
+    written, tokens = tmp_path / "out" / "model.gguf", list(range(3, 25))
+    runs.in_float(written, tmp_path / "float.gguf")
+    # the same weights in float: the graph is ours. As written: so are the 4-bit products, 8-bit inputs included
+    for path, rounding, bar in ((tmp_path / "float.gguf", None, 1e-6), (written, runs.q8_0, 1e-3)):
+        ours, theirs = predictions(folder, tokens, rounding), llama_cpp(path, tokens)
+        kl = (ours.exp() * (ours - theirs)).sum(-1)
+        assert kl.mean() <= bar, kl
+        assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
 
 def test_what_gguf_would_round_is_refused(quantized: Callable[..., Path], tmp_path: Path) -> None:

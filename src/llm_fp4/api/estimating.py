@@ -108,8 +108,9 @@ def _block_work(linears: list[tuple[tuple[int, int], ModuleRule]], recipe: Recip
                 _BLOCK_CANDIDATES * product * rule.weight_blocks.block_size + _JOINT_SWEEPS * square
             )
         else:
-            first, later = len(rule.weight_formats) * _SWEEP + 2 * _REFINE, 2 * _AGAIN * (search.rounds - 1)
-            work += search.rounds * gram + (first + later) * square
+            rounds = search.rounds if rule.input_formats else 1  # without an input to choose there is nothing to repeat
+            first, later = len(rule.weight_formats) * _SWEEP + 2 * _REFINE, 2 * _AGAIN * (rounds - 1)
+            work += (rounds * gram if rule.input_formats else 0.0) + (first + later) * square
             specs = sum(len(shift_limits(f, rule.shift_range if rule.shift else 0)) for f in rule.input_formats)
             work += (specs * 2 * _SWEEP + 2 * _REFINE + later) * 2 * product * min(search.sample_tokens, tokens) if specs else 0
         if search.compensation != "none":

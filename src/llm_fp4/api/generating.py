@@ -110,7 +110,7 @@ def _prompt_tokens(loaded: Loaded, prompt: str, chat: bool) -> torch.Tensor:
 def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
     from transformers import TextStreamer
 
-    class Streamer(TextStreamer):  # type: ignore[misc]  # transformers is not typed: its classes are Any
+    class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if text:
                 on_text(text)

@@ -53,7 +53,7 @@ def output_gradients(
         for number, part in enumerate(parts, 1):
             recorder.part = part
             recorder.begin()
-            part.loss().backward()  # type: ignore[no-untyped-call]
+            part.loss().backward()
             done(number)
     return recorder.found()
 
@@ -124,7 +124,7 @@ class _Recorder:
 
 def _when_known(out: Tensor, note: Callable[[Tensor], None]) -> None:
     """Call ``note`` with the gradient at ``out`` once the way back has reached it."""
-    out.register_hook(note)  # type: ignore[no-untyped-call]
+    out.register_hook(note)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from llm_fp4.nn import CACHE, CacheCodes
 FLUSH = 16  # tokens that become codes at once: less work a token than one by one
 
 
-class PackedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed: its classes are Any
+class PackedLayer(DynamicLayer):
     """Keys and values of one attention: the first tokens and the newest in float, packed codes between them.
 
     What a call brings is read as it came; what lay here before, as it lies here. ``keys`` and ``values`` are the newest tokens:

@@ -32,7 +32,7 @@ from llm_fp4.plan import AttentionSpec, CacheSpec, PrefixSpec
 
 
 @register_quantization_config(METHOD)
-class LlmFp4Config(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed: its classes are Any
+class LlmFp4Config(QuantizationConfigMixin):
     """``quantization_config`` of a checkpoint: its manifest, as read."""
 
     def __init__(self, **fields: Any) -> None:
@@ -41,7 +41,7 @@ class LlmFp4Config(QuantizationConfigMixin):  # type: ignore[misc]  # transforme
 
 
 @register_quantizer(METHOD)
-class LlmFp4Quantizer(HfQuantizer):  # type: ignore[misc]  # as above
+class LlmFp4Quantizer(HfQuantizer):
     """Loads checkpoints that llm-fp4 quantized; it does not quantize while loading."""
 
     requires_calibration = True

@@ -42,7 +42,7 @@ from llm_fp4.numerics import decode, packed_width, unpack
 
 
 @register_quantization_config(METHOD)
-class LlmFp4VllmConfig(QuantizationConfig):  # type: ignore[misc]
+class LlmFp4VllmConfig(QuantizationConfig):
     """The manifest of a checkpoint, asked for each layer of the served model."""
 
     def __init__(self, manifest: Manifest) -> None:
@@ -130,7 +130,7 @@ class LlmFp4VllmConfig(QuantizationConfig):  # type: ignore[misc]
 
 
 @register_weight_loader_v2_supported_method
-class LlmFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
+class LlmFp4LinearMethod(LinearMethodBase):
     """A linear layer, perhaps of several merged operands, on packed weights."""
 
     def __init__(self, prefix: str, entries: dict[str, ModuleEntry]) -> None:

@@ -28,7 +28,7 @@ RowParameter = ChannelQuantScaleParameter
 BlockParameter = GroupQuantScaleParameter
 
 
-class InputParameter(PerTensorScaleParameter):  # type: ignore[misc]
+class InputParameter(PerTensorScaleParameter):
     """(operands, n): the input side of each merged operand; n is 1 or the input channels, split with the input."""
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:

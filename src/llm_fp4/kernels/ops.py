@@ -14,7 +14,7 @@ from llm_fp4.numerics import SMALLEST_STEP, FloatFormat, decode, round_to_level,
 from llm_fp4.plan import LIMB, TWO_LIMBS
 
 
-def _multiplier(scale: Tensor, shift: Tensor | None, smooth: Tensor | None) -> Tensor:
+def input_multiplier(scale: Tensor, shift: Tensor | None, smooth: Tensor | None) -> Tensor:
     """Return what ``x`` is multiplied by before rounding: 1/scale, times 2^shift (exact), over smooth."""
     inverse = 1.0 / scale
     if smooth is not None:
@@ -29,7 +29,7 @@ def token_scale(x: Tensor, ratio: Tensor, shift: Tensor | None, smooth: Tensor |
     """
     shifted = x.abs()
     if shift is not None or smooth is not None:
-        shifted = shifted * _multiplier(torch.ones_like(ratio), shift, smooth)
+        shifted = shifted * input_multiplier(torch.ones_like(ratio), shift, smooth)
     top = shifted.amax(-1, keepdim=True) if x.shape[-1] else shifted.new_zeros((len(x), 1))
     step = (top * (ratio / max_level)).clamp_(min=SMALLEST_STEP)
     return torch.where(top == 0, torch.ones_like(step), step)
@@ -64,7 +64,7 @@ def quantize_input_reference(
     check_limbs(fmt, max_shift)
     x = x.float().contiguous()
     step = token_scale(x, scale, shift, smooth, fmt.max_level) if per_token else scale.reshape(1, 1)
-    level = round_to_level(x * _multiplier(step, shift, smooth), fmt)
+    level = round_to_level(x * input_multiplier(step, shift, smooth), fmt)
     numbers = ~level.isnan().any(-1, keepdim=True)
     level.nan_to_num_(nan=0.0)
     if shift is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.kernels.blocks import quantize_blocks
-from llm_fp4.kernels.ops import _multiplier, token_scale
+from llm_fp4.kernels.ops import input_multiplier, token_scale
 from llm_fp4.numerics import round_to_level
 from llm_fp4.plan import InputSpec
 
@@ -26,7 +26,7 @@ def fake_quantize_input(x: Tensor, spec: InputSpec, scale: Tensor, shift: Tensor
         values: Tensor = quantize_blocks(x, scale, blocks.block_size, blocks.scale_dtype, f.exponent_bits, f.mantissa_bits)
         return values
     step = token_scale(x, scale, shift, smooth, spec.format.max_level) if spec.granularity == "per_token" else scale
-    level = round_to_level(x * _multiplier(step, shift, smooth), spec.format)
+    level = round_to_level(x * input_multiplier(step, shift, smooth), spec.format)
     return level.mul_(step if shift is None else step * torch.exp2(-shift.float()))
 
 
@@ -35,4 +35,4 @@ def beyond(x: Tensor, spec: InputSpec, scale: Tensor, shift: Tensor | None, smoo
 
     Args: as :func:`fake_quantize_input`'s, of a spec with one static scale.
     """
-    return (x.float() * _multiplier(scale, shift, smooth)).abs() > float(spec.format.max_level)
+    return (x.float() * input_multiplier(scale, shift, smooth)).abs() > float(spec.format.max_level)

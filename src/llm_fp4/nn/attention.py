@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from llm_fp4.nn.kept import KeepsDtypes
 from llm_fp4.numerics import fake_quantize
 from llm_fp4.plan import ATTENTION_INPUTS, AttentionSpec, ProductPlan
 
@@ -28,12 +29,13 @@ _watchers: list[Watcher] = []
 _listeners: list[Listener] = []
 
 
-class AttentionProducts(nn.Module):
+class AttentionProducts(KeepsDtypes):
     """The scales and formats of an attention's products; lives inside the attention module.
 
     Until :meth:`decide` was called for a product its inputs stay float.
     """
 
+    kept = tuple(f"{n}_scale" for n in ATTENTION_INPUTS)
     query_scale: Tensor
     key_scale: Tensor
     probability_scale: Tensor
@@ -45,14 +47,6 @@ class AttentionProducts(nn.Module):
         self.spec = spec
         for name in ATTENTION_INPUTS if spec is not None else ():
             self.register_buffer(f"{name}_scale", torch.ones(spec.scale_shape if spec else (), dtype=torch.float32, device=device))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttentionProducts:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in before.items():  # a change of dtype leaves scales alone
-            if tensor is not None:
-                self._buffers[name] = tensor.to(cast(Tensor, self._buffers[name]).device)
-        return self
 
     def decide(self, which: int, plan: ProductPlan) -> None:
         """Quantize the inputs of one product from now on."""

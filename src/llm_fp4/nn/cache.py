@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llm_fp4.nn.kept import KeepsDtypes
 from llm_fp4.numerics import SMALLEST_STEP, FloatFormat, decode, encode, pack, unpack
 from llm_fp4.plan import CACHE_TENSORS, CachePlan, CacheSpec
 
@@ -16,7 +16,7 @@ CACHE = "cache_codes"  # the name of the module that holds the scales, inside th
 CACHE_STEP = torch.bfloat16  # of a value's step: any float32 step fits its range, and the codes are made for it as stored
 
 
-class CacheCodes(nn.Module):
+class CacheCodes(KeepsDtypes):
     """Encodes and decodes (batch, heads, tokens, channels) keys and values of the attention it lives in.
 
     Attributes:
@@ -24,6 +24,7 @@ class CacheCodes(nn.Module):
         used: whether the attention puts its codes into caches already.
     """
 
+    kept = CACHE_TENSORS
     key_scale: Tensor
     value_ratio: Tensor
 
@@ -41,13 +42,6 @@ class CacheCodes(nn.Module):
         codes = cls(plan.spec)
         codes.key_scale, codes.value_ratio = plan.key_scale.clone(), plan.value_ratio.clone()
         return codes
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CacheCodes:
-        before = {n: cast(Tensor, self._buffers[n]) for n in CACHE_TENSORS}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own is not typed
-        for name, tensor in before.items():  # a change of dtype leaves scales alone
-            self._buffers[name] = tensor.to(cast(Tensor, self._buffers[name]).device)
-        return self
 
     def encode_keys(self, keys: Tensor) -> Tensor:
         """Return the (batch, heads, tokens, bytes) uint8 codes of ``keys``.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm_fp4.kernels import (
     block_linear,
@@ -20,6 +19,7 @@ from llm_fp4.kernels import (
     quantized_linear,
 )
 from llm_fp4.kernels.simulate import fake_quantize_input
+from llm_fp4.nn.kept import KeepsDtypes
 from llm_fp4.nn.shared import InputSite
 from llm_fp4.numerics import FloatFormat, PerBlock, PerRow, QuantizedTensor, packed_width, scale_bytes
 from llm_fp4.plan import InputPlan, InputSpec
@@ -27,7 +27,7 @@ from llm_fp4.plan import InputPlan, InputSpec
 _FEW_ROWS = 8  # up to so many, rounding anew costs less than one more operation
 
 
-class PackedModule(nn.Module):
+class PackedModule(KeepsDtypes):
     """Holds ``weight_packed`` and ``weight_scale``; a change of dtype leaves packed codes and scales alone.
 
     ``weight_scale`` is (rows,) float32, or the stored scales of blocks, E4M3 ones with ``weight_global_scale`` () over them.
@@ -47,15 +47,6 @@ class PackedModule(nn.Module):
         self.register_buffer("weight_scale", torch.ones(shape, device=device).to(dtype))
         second = torch.ones((), dtype=torch.float32, device=device) if blocks and blocks.two_level else None
         self.register_buffer("weight_global_scale", second)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        before = {n: getattr(self, n) for n in self.kept if getattr(self, n, None) is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != tensor.dtype:
-                setattr(self, name, tensor.to(moved.device))
-        return self
 
     @property
     def weight(self) -> Tensor:

@@ -37,7 +37,7 @@ class FloatInputs:
 
     def __init__(
         self, like: BlockRunner, outputs: BlockOutputs, folder: Path, mask: Callable[[int], Tensor | None],
-        outer: Callable[[], AbstractContextManager[None]], share: float = 1.0,
+        outer: Callable[[], AbstractContextManager[None]], share: float,
     ) -> None:  # fmt: skip
         self._runner = BlockRunner(like.model, like.stacks, like.batches, lambda name, i: outputs.load(f"{name}{_FLOAT}", i))
         self._outputs, self._folder, self._mask, self._outer, self._share = outputs, folder, mask, outer, share

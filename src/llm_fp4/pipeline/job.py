@@ -11,7 +11,7 @@ from functools import partial
 from llm_fp4.models import set_module
 from llm_fp4.pipeline.budget import spend
 from llm_fp4.pipeline.choosing import prefix_run
-from llm_fp4.pipeline.memory import settle
+from llm_fp4.pipeline.memory import settle, steady
 from llm_fp4.pipeline.rotating import rotated
 from llm_fp4.pipeline.sites import stored_layer
 from llm_fp4.pipeline.units import block_unit, embeddings_unit, tail_unit
@@ -24,6 +24,7 @@ def quantize_units(work: Workspace) -> None:
     ``work.recipe`` gains what was decided before the first unit: transforms that a rotation needs, widths that a budget buys.
     """
     units = work.store.units
+    steady()
     _rotate(work)
     _spend(work)
     work.prefix = prefix_run(

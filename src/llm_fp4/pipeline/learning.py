@@ -144,7 +144,7 @@ def _descend(steps: _Steps, inputs: dict[str, SoftInput], soft: Linears, recipe:
         for step in steps.shuffled(generator):
             loss = steps.loss(step)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             total += float(loss.detach())

@@ -1,4 +1,4 @@
-"""Giving memory back between two units, so that its peak does not depend on their number."""
+"""Giving memory back, so that the peak of a run does not depend on how many blocks it has."""
 
 from __future__ import annotations
 
@@ -7,22 +7,31 @@ import gc
 from functools import lru_cache
 from typing import Any
 
+_MMAP_THRESHOLD = -3  # of glibc's mallopt
+_LARGE = 16 << 20  # bytes
+
+
+def steady() -> None:
+    """Let every large tensor of this process be a mapping of its own, which goes back as soon as it is freed.
+
+    glibc raises its limit for such mappings as large tensors are freed; later ones then come from a heap that fragments by
+    chance, and the peak within one block varies by a tenth.
+    """
+    if (limit := _glibc("mallopt")) is not None:
+        limit(_MMAP_THRESHOLD, _LARGE)
+
 
 def settle() -> None:
-    """Free what a finished unit left: modules and hooks that refer to each other, then pages the C library keeps for later.
-
-    glibc raises its limit for memory of its own mappings as large tensors are freed; later ones then come from a heap that
-    fragments a little more with every block.
-    """
+    """Free what a finished unit left: modules and hooks that refer to each other, then pages the C library keeps for later."""
     gc.collect()
-    if (trim := _trim()) is not None:
+    if (trim := _glibc("malloc_trim")) is not None:
         trim(0)
 
 
-@lru_cache(maxsize=1)
-def _trim() -> Any:
-    """Return glibc's ``malloc_trim``, or None under another C library."""
+@lru_cache
+def _glibc(name: str) -> Any:
+    """Return a function of glibc's, or None under another C library."""
     try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):
+        return getattr(ctypes.CDLL(None), name, None)
+    except (OSError, TypeError):
         return None

@@ -22,9 +22,8 @@ from llm_fp4.nn import AttentionPrefix, hearing_keys, place_prefix
 
 _PROBE = 16  # tokens behind the prefix
 _TOLERANCE = 2e-3  # of the largest value; float32 rounding stays below 1e-4
-_ALONE, _WHOLE, _AFTER = range(
-    3
-)  # the prefix alone; with the probe behind it, as one sequence; the probe alone, behind placed keys
+# the prefix alone; with the probe behind it, as one sequence; the probe alone, behind placed keys
+_ALONE, _WHOLE, _AFTER = range(3)
 
 
 class PrefixRun:

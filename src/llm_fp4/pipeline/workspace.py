@@ -60,10 +60,11 @@ class Workspace:
     def __post_init__(self) -> None:
         self.runner = BlockRunner(self.model, self.structure.stacks, self.batches, self.store.outputs.load)
         self.shapes = weight_shapes(self.model, self.structure)
-        names = (*self.structure.embeddings, *self.structure.aliases, *self.structure.outer_linears)
-        self._outer = {n: self.model.get_submodule(n) for n in names}
+        self._outer: Linears = {}
         self.floats: FloatInputs | None = None
         if (search := self.recipe.search).compensation == "gptaq":
+            names = (*self.structure.embeddings, *self.structure.aliases, *self.structure.outer_linears)
+            self._outer = {n: self.model.get_submodule(n) for n in names}
             self.floats = FloatInputs(
                 self.runner, self.store.outputs, self.store.scratch, self.mask, self._float_outer, search.inherited
             )

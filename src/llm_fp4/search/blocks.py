@@ -67,11 +67,8 @@ def search_blocks(
         lost, plan = best
         if search and recipe.search.compensation != "none":
             values, scale = compensate_blocks(w, compensated, BlockGrid(plan.format, blocks, second), recipe.search)
-            before = (
-                lost
-                if wanted is None
-                else output_loss(w, fake_quantize(w, plan.step(w.shape[1]), plan.format), compensated, counts)
-            )
+            nearest = fake_quantize(w, plan.step(w.shape[1]), plan.format)
+            before = lost if compensated is gram else output_loss(w, nearest, compensated, counts)
             if (again := output_loss(w, values, compensated, counts)) < before:
                 lost, plan.scale, result.rounded[n] = lost * again / max(before, 1e-30), scale, values
         result.weights[n], plan.error = plan, lost / own
