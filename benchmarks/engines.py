@@ -52,6 +52,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "method": "minmax", "bits": {**_FLOAT, "activation": 4}, "weights": _WEIGHTS["nvfp4"], "ignore": ["lm_head"],
         "inputs": {**_WEIGHTS["nvfp4"], "shift": False},
     },
+    **{
+        f"w{weight}a8": {
+            "method": "minmax", "bits": {"embedding": 16, "weight": weight, "activation": 8},
+            "inputs": {"formats": ["e1m6"], "granularity": "per_token"}, **({"weights": {"formats": ["e1m6"]}} if weight == 8 else {}),
+        }
+        for weight in (4, 8)
+    },
     "w4a4": {"method": "minmax", "inputs": {"granularity": "per_token"}},
 }  # fmt: skip
 ENGINES = {  # each: what runs it, and the checkpoints it is given
@@ -59,7 +66,7 @@ ENGINES = {  # each: what runs it, and the checkpoints it is given
     "onnx": (engine_runs.onnx, ["e1m2"]),
     "compressed-tensors": (engine_runs.compressed_tensors, ["nvfp4", "mxfp4", "nvfp4-w4a4"]),
     "gguf": (engine_runs.llama_cpp, ["q4_0", "mxfp4", "nvfp4"]),
-    "vllm": (engine_runs.vllm, ["w4a4"]),
+    "vllm": (engine_runs.vllm, ["e2m1", "w4a8", "w8a8", "w4a4"]),
 }
 
 
@@ -132,7 +139,7 @@ def distance(ours: Any, engine: Logits, windows: Tensor) -> dict[str, float]:
 
 def compare(target: str, name: str, windows: Tensor, prompt: Tensor, new: int) -> dict[str, Any]:
     engine = ENGINES[target][0](exported(name, target))
-    inputs = "quantized" if name.endswith("w4a4") else "float"
+    inputs = "float" if RECIPES[name].get("bits", {}).get("activation") == 16 else "quantized"
     model = loaded(name, inputs)
     row: dict[str, Any] = {"engine": engine.name, "checkpoint": name, "inputs": inputs}
     if inputs == "quantized":

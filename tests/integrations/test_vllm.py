@@ -187,15 +187,20 @@ def server(folder: Path, *options: str) -> Iterator[str]:
     with log.open("w") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=sink, env={**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     try:
-        for _ in range(240):
+        for _ in range(1200):  # a busy machine takes minutes to import it
             assert process.poll() is None, log.read_text()[-4000:]
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
                 break
             time.sleep(0.5)
+        else:
+            pytest.fail(f"the server did not start: {log.read_text()[-4000:]}")
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(120)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -135,7 +135,7 @@ def checked_device(name: str) -> torch.device:
     except RuntimeError:
         raise UnsupportedError(f"unknown device {name!r}; use cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError("--device cuda: this PyTorch sees no CUDA device; use cpu")
+        raise UnsupportedError("device cuda: this PyTorch sees no CUDA device; use cpu")
     if device.type == "cuda" and (number := ranks.device_number()) is not None:
         device = torch.device("cuda", number)
     return device

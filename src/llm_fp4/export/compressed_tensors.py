@@ -54,7 +54,7 @@ def hold(manifest: Manifest, weights: PackedWeights) -> Holding:
         UnsupportedError: weights of other widths or blocks, or smoothed inputs.
     """
     remedy = "use the recipes nvfp4 or mxfp4, or 4 bits with a scale a row"
-    holding = hold_weights(manifest, "compressed-tensors", _container, remedy, _holds_input)
+    holding = hold_weights(manifest, "compressed-tensors", {n: _container(e) for n, e in manifest.items()}, remedy, _holds_input)
     if wide := [n for n, held in holding.containers.items() if held == FP8]:
         holding.notes.append(f"the levels of {len(wide)} weights lie in 8 bits: no 4-bit type here has real scales a row")
     if FLOAT in holding.containers.values():

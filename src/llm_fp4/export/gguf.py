@@ -38,7 +38,7 @@ def hold(manifest: Manifest, weights: PackedWeights) -> Holding:
         UnsupportedError: an architecture that is not written, or weights and scales that GGUF's blocks would round.
     """
     architecture(read_config(weights.files.folder))
-    holding = hold_weights(manifest, "gguf", _container, _REMEDY)
+    holding = hold_weights(manifest, "gguf", {n: _container(e) for n, e in manifest.items()}, _REMEDY)
     if rounded := [n for n, held in holding.containers.items() if held == Q4_0 and half_scales(weights[n]) is None]:
         raise UnsupportedError(f"gguf keeps the scales of Q4_0 in float16, which would round those of {some(rounded)}; {_REMEDY}")
     if F32 in holding.containers.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,20 +46,20 @@ def weight_kind(entry: ModuleEntry) -> str:
 
 
 def hold_weights(
-    manifest: Manifest, target: str, container: Callable[[ModuleEntry], str | None], remedy: str,
+    manifest: Manifest, target: str, containers: Mapping[str, str | None], remedy: str,
     holds_input: Callable[[ModuleEntry, InputSpec], bool] = lambda entry, spec: False, *, new_biases: bool = False,
 ) -> Holding:  # fmt: skip
     """Return how ``target`` holds every weight, with the input sides that it does not hold left out.
 
     Args:
-        container: the target's type that holds an entry's weight without rounding, or None. remedy: what to do where it is None.
+        containers: for every entry the target's type that holds its weight without rounding, or None. remedy: what to do where it is
+            None.
         holds_input: whether the target quantizes that input as we do. new_biases: whether the export writes biases other than the
             checkpoint's, and for layers without: an input's offset is then taken out of them again.
     Raises:
         UnsupportedError: weights that the target cannot hold, or that are wrong without their input side (smoothed, transformed).
     """
-    found = {n: container(e) for n, e in manifest.items()}
-    if refused := [n for n, held in found.items() if held is None]:
+    if refused := [n for n, held in containers.items() if held is None]:
         kinds = ", ".join(sorted({weight_kind(manifest[n]) for n in refused}))
         raise UnsupportedError(f"{target} cannot hold the {kinds} weights of {some(refused)} without rounding them again; {remedy}")
     inputs = {n: e.input for n, e in manifest.items() if e.input is not None}
@@ -82,7 +82,7 @@ def hold_weights(
         raise UnsupportedError(
             f"{target} has no place for the bias that {some(added)} gained; export a recipe with search.bias_correction false"
         )
-    holding = Holding(target, {n: held for n, held in found.items() if held is not None})
+    holding = Holding(target, {n: held for n, held in containers.items() if held is not None})
     if left := [spec for n, spec in inputs.items() if not holds_input(manifest[n], spec)]:
         shifts = sum(spec.max_shift > 0 for spec in left)
         also = f", {shifts} of them with channel shifts" if shifts else ""

@@ -51,8 +51,7 @@ def hold(manifest: Manifest, weights: PackedWeights) -> Holding:
         UnsupportedError: weights of other widths or without blocks, operands that vLLM merges and that differ, smoothed inputs, or no
             linear in 4 bits.
     """
-    names = {id(e): n for n, e in manifest.items()}
-    holding = hold_weights(manifest, "humming", lambda e: _container(e, names[id(e)]), _REMEDY)
+    holding = hold_weights(manifest, "humming", {n: _container(e, n) for n, e in manifest.items()}, _REMEDY)
     if not _schemes(manifest, holding.containers, float_matrices(weights.files)):
         raise UnsupportedError(f"humming has nothing to hold in 4 bits: no linear but the head is quantized; {_REMEDY}")
     holding.notes.append("written from the engine's own code, never run on a GPU: compare its predictions before relying on it")

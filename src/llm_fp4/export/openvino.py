@@ -41,7 +41,7 @@ def hold(manifest: Manifest, weights: PackedWeights) -> Holding:
     holding = hold_weights(
         manifest,
         "openvino",
-        _container,
+        {n: _container(e) for n, e in manifest.items()},
         "quantize them to 4 bits with a scale a row, or leave them in float (--ignore)",
         new_biases=True,
     )

@@ -27,6 +27,11 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def readable(x: Tensor) -> Tensor:
+    """Return ``x`` as the kernels read it: float32 or bfloat16, contiguous."""
+    return (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+
+
 def ready(tensor: Tensor | None, dtype: torch.dtype, count: int) -> bool:
     """Return whether ``tensor`` is absent or can be read in place: that type, that many elements, dense."""
     return tensor is None or (tensor.dtype == dtype and tensor.numel() == count and tensor.is_contiguous() and tensor.is_cpu)
@@ -58,7 +63,7 @@ def quantize_input(
     if library is None or not covered:
         return ops.quantize_input_reference(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token)
     tokens, width = x.shape
-    x = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+    x = readable(x)
     levels = torch.empty((tokens, width), dtype=torch.int8 if top <= LIMB else torch.int16)
     step = torch.empty((tokens, 1), dtype=torch.float32)
     check(
@@ -115,7 +120,7 @@ def float_linear(
     )  # fmt: skip
     if library is None or not covered:
         return ops.float_linear_reference(x, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits)
-    x = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+    x = readable(x)
     y = torch.empty((tokens, out), dtype=torch.float32)
     check(
         library.llm_fp4_float_linear(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llm_fp4.kernels import blocks
 from llm_fp4.kernels.compiled import selected
-from llm_fp4.kernels.cpu import address, check, max_level, ready, threads
+from llm_fp4.kernels.cpu import address, check, max_level, readable, ready, threads
 from llm_fp4.numerics.packing import packed_width
 from llm_fp4.plan import LIMB
 
@@ -46,7 +46,7 @@ def block_linear(
         return blocks.block_linear_reference(
             x, weight_packed, weight_scale, second, bias, block_size, scale_dtype, exponent_bits, mantissa_bits
         )
-    x = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+    x = readable(x)
     y = torch.empty((tokens, len(weight_packed)), dtype=torch.float32)
     check(
         library.llm_fp4_block_float_linear(
@@ -81,7 +81,7 @@ def quantized_block_linear(
             x, input_second, input_block_size, input_scale_dtype, input_exponent_bits, input_mantissa_bits,
             weight_packed, weight_scale, second, bias, block_size, scale_dtype, exponent_bits, mantissa_bits,
         )  # fmt: skip
-    x = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+    x = readable(x)
     y = torch.empty((tokens, len(weight_packed)), dtype=torch.float32)
     check(
         library.llm_fp4_quantized_block_linear(

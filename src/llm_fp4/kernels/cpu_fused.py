@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.kernels.compiled import selected
-from llm_fp4.kernels.cpu import address, check, max_level, ready, threads
+from llm_fp4.kernels.cpu import address, check, max_level, readable, ready, threads
 from llm_fp4.kernels.fused import quantized_linear as quantized_linear_op
 from llm_fp4.kernels.fused import quantized_linear_reference
 from llm_fp4.kernels.hadamard import hadamard as hadamard_op
@@ -38,7 +38,7 @@ def quantized_linear(
             x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token, weight_packed, weight_scale, bias,
             weight_exponent_bits, weight_mantissa_bits,
         )  # fmt: skip
-    x = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+    x = readable(x)
     y = torch.empty((tokens, out), dtype=torch.float32)
     check(
         library.llm_fp4_quantized_linear(
@@ -67,7 +67,7 @@ def norm_quantize_input(
         return norm_quantize_input_reference(
             x, weight, bias, eps, centered, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token
         )
-    x = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+    x = readable(x)
     levels = torch.empty((tokens, width), dtype=torch.int8 if top <= LIMB else torch.int16)
     step = torch.empty((tokens, 1), dtype=torch.float32)
     check(

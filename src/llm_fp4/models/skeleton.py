@@ -12,6 +12,7 @@ from torch import nn
 
 from llm_fp4.errors import LlmFp4Error, SourceError
 from llm_fp4.models.gguf_header import check_gguf
+from llm_fp4.models.memory import steady
 from llm_fp4.models.sizes import check_sizes
 from llm_fp4.models.source import InMemory, LazyFiles, WeightSource
 from llm_fp4.storage import TensorFiles
@@ -79,6 +80,7 @@ def _empty_model(model_class: Any, config: Any, path: Path) -> Any:
     from accelerate import init_empty_weights
     from transformers import GenerationConfig
 
+    steady()
     try:
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")

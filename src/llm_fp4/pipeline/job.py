@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from llm_fp4.models import set_module
+from llm_fp4.models import set_module, settle, steady
 from llm_fp4.pipeline.budget import spend
 from llm_fp4.pipeline.choosing import prefix_run
-from llm_fp4.pipeline.memory import settle, steady
 from llm_fp4.pipeline.rotating import rotated
 from llm_fp4.pipeline.sites import stored_layer
 from llm_fp4.pipeline.units import block_unit, embeddings_unit, tail_unit

@@ -8,14 +8,15 @@ from functools import lru_cache
 from typing import Any
 
 _MMAP_THRESHOLD = -3  # of glibc's mallopt
-_LARGE = 16 << 20  # bytes
+_LARGE = 4 << 20  # bytes
 
 
 def steady() -> None:
     """Let every large tensor of this process be a mapping of its own, which goes back as soon as it is freed.
 
     glibc raises its limit for such mappings as large tensors are freed; later ones then come from a heap that fragments by
-    chance, and the peak within one block varies by a tenth.
+    chance, and the peak within one block varies by a third. Call it before a model is built: what is built without weights makes
+    each of them for a moment, which leaves gigabytes of holes in the heap, and holes are filled whatever the limit is.
     """
     if (limit := _glibc("mallopt")) is not None:
         limit(_MMAP_THRESHOLD, _LARGE)
