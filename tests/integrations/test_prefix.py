@@ -21,6 +21,7 @@ from llm_fp4.cli.prefix import prefix_line
 from llm_fp4.errors import CheckpointError, RecipeError, UnsupportedError
 from llm_fp4.integrations.attention import fused_attention, quantized_attention, use_prefixed_attention
 from llm_fp4.integrations.decoder import Decoder
+from llm_fp4.kernels.compiled import available
 from llm_fp4.models import continued, find_structure
 from llm_fp4.nn import PREFIX, AttentionPrefix
 from llm_fp4.pipeline.choosing import Trial
@@ -191,8 +192,11 @@ def test_a_prefix_takes_the_sink_away(sinking: Callable[..., Any], tmp_path: Pat
 def test_without_a_sink_there_is_no_prefix(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "float")
     out = llm_fp4.quantize(tmp_path / "float", tmp_path / "out", recipe(), tokens=IDS)
-    assert "0 tokens in 3 sequences exceed the median 64 times" in json.loads((out / "plan.json").read_text())["prefix"]["reason"]
-    assert prefix_line(llm_fp4.inspect_model(out).prefix).startswith("no prefix: 0 tokens")
+    assert (
+        "0 of 3 sequences have a token that exceeds the median 64 times"
+        in json.loads((out / "plan.json").read_text())["prefix"]["reason"]
+    )
+    assert prefix_line(llm_fp4.inspect_model(out).prefix).startswith("no prefix: 0 of 3")
     wished = llm_fp4.inspect_model(tmp_path / "float", recipe(inputs={"prefix_tokens": 2})).prefix
     assert prefix_line(wished) == "up to 2 tokens before every sequence, as attention sinks"
     loaded, memory = llm_fp4.load(out), llm_fp4.quantize_module(tiny_llama(), [IDS], recipe())
@@ -225,7 +229,7 @@ def test_disk_equals_memory_and_the_prefix_is_of_the_float_model(sinking: Callab
     assert (narrow(IDS).logits.float() - model(IDS).logits).norm() < 0.2 * model(IDS).logits.norm()
     report = llm_fp4.inspect_model(out)
     assert report.prefix is not None
-    assert prefix_line(report.prefix) == "token 0 before every sequence: 0 outlying tokens in 3 sequences, 3 without it"
+    assert prefix_line(report.prefix) == "token 0 before every sequence: 0 of 3 sequences have an outlying token, 3 without it"
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(llm_fp4.load(tmp_path / "again")(IDS).logits, model(IDS).logits)
 
@@ -249,15 +253,13 @@ def test_an_interrupted_run_gives_the_same_bytes(sinking: Callable[..., Any], tm
         assert file.read_bytes() == (continued_run / file.name).read_bytes(), file.name
 
 
+@pytest.mark.skipif(available() == ["torch"], reason="no compiled kernels here")
 @torch.no_grad()
 def test_compiled_decoding_reads_the_prefix(sinking: Callable[..., Any], tmp_path: Path) -> None:
     sinking().save_pretrained(tmp_path / "float")
     every = recipe(bits={"embedding": 16, "activation": 4}, ignore=[])
     model = llm_fp4.load(llm_fp4.quantize(tmp_path / "float", tmp_path / "out", every, tokens=IDS))
-    try:
-        decoder = Decoder(model, capacity=4)
-    except UnsupportedError as error:
-        pytest.skip(str(error))
+    decoder = Decoder(model, capacity=4)
     found = torch.stack([decoder.prompt(IDS[0, :5]), *(decoder.step(int(t)) for t in IDS[0, 5:])])
     expected = model(IDS[:1]).logits[0, 4:]
     assert (found - expected).norm() < 0.05 * expected.norm()
@@ -294,6 +296,16 @@ def test_another_attention_implementation_does_not_lose_the_prefix(tiny_llama: C
         model(IDS)
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+GPTJ: dict[str, Any] = {
+    "vocab_size": 260,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "rotary_dim": 8,
+    "n_positions": 64,
+    "initializer_range": 0.5,
+}
 SMALL: dict[str, Any] = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -304,8 +316,12 @@ SMALL: dict[str, Any] = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layer
         (lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, intermediate_size=64)), "does not generate"),
         (lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=260, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
          "it has 2 stacks"),
-        (lambda: transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4)), "BloomForCausalLM"),
-        (lambda: transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2)), "MambaForCausalLM"),
+        (lambda: transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4)), "attention interface"),
+        (lambda: transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2)), "takes no position_ids"),
+        (lambda: transformers.GPTJForCausalLM(transformers.GPTJConfig(**GPTJ)),
+         "otherwise than by"),
+        (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, intermediate_size=64, rope_parameters=DYNAMIC)),
+         "dynamic rotary positions"),
     ],
 )  # fmt: skip
 def test_models_without_a_place_for_a_prefix_are_refused(
@@ -354,7 +370,31 @@ def test_targets_and_damage_are_named(sinking: Callable[..., Any], tmp_path: Pat
             llm_fp4.load(out)
     save_file(tensors, shard, {"format": "pt"})
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["prefix"]["modules"]["model.layers.0.self_attn"]["tokens"] = 0
-    (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="prefix that cannot be read"):
-        llm_fp4.load(out)
+    quantization = config["quantization_config"]
+    assert quantization["version"] == 2
+    modules = quantization.pop("prefix")["modules"]
+    first = "model.layers.0.self_attn"
+    for damage, why in (
+        ({}, f"holds {first}.attention_prefix.prefix_.*, which config.json does not name"),
+        ({"prefix": {"tokens": [0]}}, "prefix that cannot be read"),
+        ({"prefix": {"modules": {n: m for n, m in modules.items() if n != first}}}, "which config.json does not name"),
+        ({"prefix": {"modules": {**modules, first: {**modules[first], "tokens": 0}}}}, "prefix that cannot be read"),
+    ):
+        (out / "config.json").write_text(json.dumps({**config, "quantization_config": {**quantization, **damage}}))
+        with pytest.raises(CheckpointError, match=why):
+            llm_fp4.load(out)
+
+
+def test_a_prefix_of_other_heads_is_named(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    model = behind(tiny_llama(), tmp_path)
+    model.model.layers[0].self_attn.add_module(PREFIX, AttentionPrefix.of(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)))
+    with pytest.raises(CheckpointError, match="prefix has 1 heads of 8 channels, its attention 2 of 8"):
+        model(IDS)
+
+
+@torch.no_grad()
+def test_attention_that_picks_its_keys_is_refused(tiny_llama: Callable[..., Any]) -> None:
+    module = tiny_llama().model.layers[0].self_attn
+    heads = torch.randn(1, 4, 5, 8)
+    with pytest.raises(UnsupportedError, match="picks the keys that a query sees"):
+        fused_attention(module, heads, heads[:, :2], heads[:, :2], None, indices=torch.zeros(1, 5, 2))

@@ -185,8 +185,8 @@ def _quantize_in_place(model: nn.Module, batches: Iterable[Any], recipe: Recipe,
     originals = {n: model.get_submodule(n) for n in structure.names()}
     model.float().eval()
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    route_attention(model, recipe)
     try:
+        route_attention(model, recipe)
         with float32_everywhere(model, device), tempfile.TemporaryDirectory() as folder:
             store = RunStore(Path(folder), {}, len(structure.blocks) + 2)
             fisher = recipe.search.objective == "fisher"

@@ -42,7 +42,8 @@ def finish_checkpoint(
     prefix = store.kept("prefix")
     if modules_with := prefix_of_plans(plans):
         description = {**description, "prefix": {"tokens": (prefix or {})["tokens"], "modules": modules_with}}
-    quantization = {"quant_method": METHOD, "version": VERSION, **description, "modules": modules}
+    version = VERSION if "prefix" in description else 1
+    quantization = {"quant_method": METHOD, "version": version, **description, "modules": modules}
     write_json(folder / "config.json", {**config, "quantization_config": quantization})
     inputs = {n: p for plan in plans for n, p in plan["inputs"].items()}
     weights = {n: p for plan in plans for n, p in plan["weights"].items()}
@@ -53,7 +54,7 @@ def finish_checkpoint(
         decided["budget"] = budget
     decided |= {"cache": caches} if caches else {}
     decided |= {"prefix": prefix} if prefix else {}
-    write_json(folder / "plan.json", {"version": VERSION, **description, **decided})
+    write_json(folder / "plan.json", {"version": version, **description, **decided})
     write_text(folder / "recipe.yaml", recipe_yaml)
     weight_map, size = store.weight_map(), 0
     for shard in sorted(set(weight_map.values())):

@@ -22,7 +22,7 @@ from llm_fp4.plan import InputSpec
 from llm_fp4.storage import TensorFiles
 
 METHOD = "llm_fp4"
-VERSION = 1
+VERSION = 2  # 2: with a prefix, which a reader of 1 would leave out
 _DTYPES = {
     "weight_packed": torch.uint8, "weight_scale": torch.float32, "weight_global_scale": torch.float32, "input_scale": torch.float32, "input_shift": torch.uint8,
     "input_smooth": torch.float32, "input_left": torch.float32, "input_right": torch.float32, "input_offset": torch.float32,
@@ -236,7 +236,14 @@ def verify(folder: Path) -> Manifest:
     files = TensorFiles(folder, CheckpointError)
     verify_children(read_attention(quantization, str(folder)), files, CHILD)
     verify_children(read_caches(quantization, str(folder)), files, CACHE)
-    verify_children(read_prefix(quantization, str(folder)), files, PREFIX)
+    prefixes = read_prefix(quantization, str(folder))
+    verify_children(prefixes, files, PREFIX)
+    for name in files.shapes:
+        owner, found, _ = name.partition(f".{PREFIX}.")
+        if found and owner not in prefixes:
+            raise CheckpointError(
+                f"{folder} holds {name}, which config.json does not name; the checkpoint is damaged, quantize again"
+            )
     for name, entry in manifest.items():
         for suffix, shape in entry.tensors().items():
             require_tensor(files, f"{name}.{suffix}", shape, entry.dtype(suffix))

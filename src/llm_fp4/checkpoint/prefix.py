@@ -19,8 +19,9 @@ def read_prefix(config: dict[str, Any], where: str) -> dict[str, PrefixSpec]:
     Raises:
         CheckpointError: an entry is damaged.
     """
-    entries = config.get("prefix") or {}
+    if "prefix" not in config:
+        return {}
     try:
-        return {name: PrefixSpec.from_json(entry) for name, entry in entries.get("modules", {}).items()}
+        return {name: PrefixSpec.from_json(entry) for name, entry in config["prefix"]["modules"].items()}
     except (AttributeError, TypeError, KeyError, LlmFp4Error) as error:
         raise CheckpointError(f"{where} describes a prefix that cannot be read ({error}); the checkpoint is damaged") from None

@@ -16,4 +16,4 @@ def prefix_line(prefix: dict[str, Any] | None) -> str:
     left = {len(t["tokens"]): t["outlying"] for t in prefix["tried"]}
     now, ids = left[len(prefix["tokens"])], " ".join(map(str, prefix["tokens"]))
     what = "tokens" if len(prefix["tokens"]) > 1 else "token"
-    return f"{what} {ids} before every sequence: {now} outlying tokens in {prefix['tried'][0]['sequences']} sequences, {left[0]} without it"
+    return f"{what} {ids} before every sequence: {now} of {prefix['tried'][0]['sequences']} sequences have an outlying token, {left[0]} without it"

@@ -8,25 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.errors import UnsupportedError
+from llm_fp4.errors import CheckpointError, UnsupportedError
+from llm_fp4.nn.kept import KeepsDtypes
 from llm_fp4.plan import PREFIX_TENSORS, PrefixSpec
 
 PREFIX = "attention_prefix"  # the name of the module that holds the states, inside the attention module
 PREFIXED = ("llm_fp4", "llm_fp4_sdpa")  # the attention implementations that see it
+
+_PICKED = ("indices", "block_indices")  # as sparse attention passes them to all but its own implementations
 
 KeyListener = Callable[[nn.Module, Tensor, Tensor], None]
 """Told of every attention: its module, and the (batch, heads, tokens, channels) keys and values of the sequence."""
 _listeners: list[KeyListener] = []
 
 
-class AttentionPrefix(nn.Module):
+class AttentionPrefix(KeepsDtypes):
     """The float32 keys and values of the prefix; lives inside the attention module."""
 
+    kept = PREFIX_TENSORS
     prefix_key: Tensor
     prefix_value: Tensor
 
@@ -42,13 +46,6 @@ class AttentionPrefix(nn.Module):
         made = cls(PrefixSpec(key.shape[1], key.shape[0], key.shape[2], value.shape[2]))
         made.prefix_key, made.prefix_value = key.detach().float().clone(), value.detach().float().clone()
         return made
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttentionPrefix:
-        before = {n: cast(Tensor, self._buffers[n]) for n in PREFIX_TENSORS}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own is not typed
-        for name, tensor in before.items():  # a change of dtype leaves them alone
-            self._buffers[name] = tensor.to(cast(Tensor, self._buffers[name]).device)
-        return self
 
     def extra_repr(self) -> str:
         return f"tokens={self.spec.tokens}"
@@ -88,8 +85,11 @@ def prefixed(
     Returns:
         The attention's own result; weights, where it gives them, have a column for each token of the prefix first.
     Raises:
-        UnsupportedError: the mask is of another kind, or the model adds a bias by position.
+        UnsupportedError: the mask is of another kind, or the model adds a bias by position or picks the keys that a query sees.
+        CheckpointError: the prefix is of other heads than the keys.
     """
+    if any(kwargs.get(name) is not None for name in _PICKED):
+        raise UnsupportedError(f"{type(module).__name__} picks the keys that a query sees, which llm-fp4's attention would not")
     for listener in _listeners:
         listener(module, key, value)
     prefix = module._modules.get(PREFIX)
@@ -98,7 +98,12 @@ def prefixed(
     if kwargs.get("position_bias") is not None:
         raise UnsupportedError(f"{type(module).__name__} adds a bias by position, which the prefix of its checkpoint has none of")
     mask = None if attention_mask is None else _seen_first(attention_mask, prefix.spec.tokens, module)
-    batch = key.shape[0]
+    batch, spec = key.shape[0], prefix.spec
+    if (key.shape[1], key.shape[3], value.shape[3]) != (spec.heads, spec.key_size, spec.value_size):
+        raise CheckpointError(
+            f"the checkpoint's prefix has {spec.heads} heads of {spec.key_size} channels, its attention {key.shape[1]} of {key.shape[3]}; "
+            "they do not belong together"
+        )
     key = torch.cat((prefix.prefix_key.to(key.dtype).expand(batch, -1, -1, -1), key), 2)
     value = torch.cat((prefix.prefix_value.to(value.dtype).expand(batch, -1, -1, -1), value), 2)
     return attention(module, query, key, value, mask, *args, **kwargs)

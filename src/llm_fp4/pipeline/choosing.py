@@ -36,8 +36,8 @@ class Trial:
     """What one prefix leaves.
 
     Attributes:
-        tokens: of the prefix. sequences: of the text. outlying: tokens of it that are outlying at some input. largest: the largest
-            ratio at any.
+        tokens: of the prefix. sequences: of the text. outlying: those of them with a token that is outlying at some input. largest:
+            the largest ratio at any.
         often: the most frequent of the outlying tokens, None where there is none.
     """
 
@@ -105,6 +105,7 @@ def _choose(trials: _Trials, first: int, recipe: Recipe, progress: Progress) -> 
         progress(STAGE, len(tried[-1].tokens), most)
         tried += trials.run([[tried[-1].often, *tried[-1].tokens]])
         if 2 * tried[-1].outlying > tried[-2].outlying:
+            tried.pop()
             break
     progress(STAGE, most, most)
     return tried
@@ -114,7 +115,7 @@ def _decision(tried: list[Trial]) -> dict[str, Any]:
     best = min(tried, key=lambda t: (t.outlying, len(t.tokens))) if tried[0].sinks else tried[0]
     out: dict[str, Any] = {"tokens": best.tokens, "tried": [asdict(t) for t in tried]}
     if not best.tokens:
-        found = f"{tried[0].outlying} tokens in {tried[0].sequences} sequences exceed the median {OUTLYING:g} times at an input"
+        found = f"{tried[0].outlying} of {tried[0].sequences} sequences have a token that exceeds the median {OUTLYING:g} times at an input"
         out["reason"] = f"no prefix: {found}, " + ("and no prefix leaves fewer" if tried[0].sinks else "which is no sink")
     return out
 
@@ -173,7 +174,7 @@ class _Trials:
     def _trial(self, prefix: list[int], outlying: list[Tensor], largest: float) -> Trial:
         counted = Counter(int(t) for text, o in zip(self.texts, outlying, strict=True) for t in text["input_ids"][o])
         often = min(counted, key=lambda t: (-counted[t], t)) if counted else None
-        return Trial(prefix, sum(len(t["input_ids"]) for t in self.texts), sum(counted.values()), largest, often)
+        return Trial(prefix, sum(len(o) for o in outlying), sum(int(o.any(1).sum()) for o in outlying), largest, often)
 
     @staticmethod
     def _mask(text: Batch) -> Tensor:
@@ -182,10 +183,10 @@ class _Trials:
 
 
 def _behind(prefix: list[int], text: Batch) -> Batch:
-    """Return ``text`` with the prefix before every sequence."""
+    """Return the ids and mask of ``text`` with the prefix before every sequence, and what is no tensor; nothing else has a place for it."""
     ids = text["input_ids"]
     first = torch.tensor([prefix], dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
-    out = {**text, "input_ids": torch.cat((first, ids), 1)}
+    out = {k: v for k, v in text.items() if not isinstance(v, Tensor)} | {"input_ids": torch.cat((first, ids), 1)}
     if isinstance(mask := text.get("attention_mask"), Tensor):
         out["attention_mask"] = torch.cat((mask.new_ones(first.shape), mask), 1)
     return out

@@ -1,7 +1,8 @@
 """The prefix of a run: the keys and values of its tokens, made block by block while the blocks still are float.
 
 The float model's hidden states of the prefix travel through the run beside the calibration data. A short probe behind them shows in
-every block that attention is all by which later tokens know of earlier ones: read with the prefix or after it, it must come out alike.
+every block that attention is all by which later tokens know of earlier ones, and that of positions only distances count: read as one
+sequence that begins at 0, or after the prefix at negative positions, it must come out alike.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class PrefixRun:
         return tokens[:, : self.length] if which == _ALONE else tokens[:, self.length :] if which == _AFTER else tokens
 
     def _batch(self, which: int, first: int | None = None) -> Batch:
-        first = -self.length if first is None else first
+        first = (0 if which == _WHOLE else -self.length) if first is None else first
         positions = torch.arange(first, first + self.ids.shape[1], device=self.ids.device)[None]
         return {**self.rest, "input_ids": self._part(which, self.ids), "position_ids": self._part(which, positions)}
 
@@ -107,10 +108,12 @@ class PrefixRun:
             made[names[module]] = prefix.spec.to_json()
         after = self._run(name, _AFTER)
         expected = _hidden(whole)
+        if not bool(_hidden(alone).isfinite().all()):
+            raise refusal(self.model, f"{name} has no positions before the first")
         if not _alike(_hidden(alone), expected[:, : self.length]):
-            raise refusal(self.model, f"{name} sees later tokens")
+            raise refusal(self.model, f"{name} sees later tokens, or counts positions otherwise than by distance")
         if not _alike(_hidden(after), expected[:, self.length :]):
-            raise refusal(self.model, f"{name} knows of earlier tokens otherwise than by attention")
+            raise refusal(self.model, f"{name} knows of earlier tokens otherwise than by attention over distances")
         ranks.first(lambda: self.store.outputs.save(name, self.number, whole))
         return made
 
@@ -133,10 +136,12 @@ def check_prefix(model: nn.Module, structure: Structure) -> None:
         raise refusal(model, f"it has {len(structure.stacks)} stacks of blocks")
     if not getattr(model, "can_generate", lambda: True)():
         raise refusal(model, "it does not generate text")
-    if not hasattr(model, "set_attn_implementation"):
+    if not getattr(model, "_can_set_attn_implementation", lambda: False)():
         raise refusal(model, "its attention does not run through transformers' attention interface")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise refusal(model, "its forward takes no position_ids")
+    if changing := {getattr(m, "rope_type", "default") for m in model.modules()} & {"dynamic", "longrope"}:
+        raise refusal(model, f"its {changing.pop()} rotary positions change with the length")
 
 
 def refusal(model: nn.Module, why: str) -> UnsupportedError:
