@@ -1,0 +1,122 @@
+"""What each rung beyond the paper brings, alone and on top of those before it, and what it costs: the tables of docs/recipes.md.
+
+    python rungs.py smollm2                           # 16/4/4, head ignored, 4,096 calibration tokens; vit: 4/4/4, 64 photographs
+    python rungs.py smollm2 --only "+ rotation"       # a part; rows measured before are kept
+
+The base is FPQ with one round. A row "rung" adds one thing to it; a row "+ rung" adds it to all the "+" rows above. What a model
+does not allow (a rotation through LayerNorm) is said, not skipped. Cost is in forward passes of the float model over the
+calibration data, beside the median of three on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+from ablations import Measure, language, vit
+from common import HERE, record, smollm2, spread, texts
+from vit import MODEL, pixels
+
+from llm_fp4.api import load_any
+from llm_fp4.errors import LlmFp4Error
+from llm_fp4.recipe import Recipe, load_recipe
+
+Changes = dict[str, dict[str, Any]]
+RUNGS: dict[str, Changes] = {
+    "shift range searched": {"inputs": {"shift_range": "search"}},
+    "error compensation": {"search": {"compensation": "gptq"}},
+    "rotation": {"transforms": {"rotation": "hadamard", "online": True}},
+    "scale per token": {"inputs": {"granularity": "per_token"}},
+    "offsets": {"inputs": {"offset": "mean"}},
+    "bias correction": {"search": {"bias_correction": True}},
+}
+LADDER = {
+    "smollm2": ("shift range searched", "error compensation", "rotation", "scale per token"),
+    "vit": ("shift range searched", "error compensation", "scale per token", "bias correction"),
+}
+SIZES = {"smollm2": 8, "vit": 64}
+OWN: dict[str, Changes] = {  # what a model's rows have in common
+    "smollm2": {"bits": {"embedding": 16}},
+    "vit": {"attention": {"bits": 4}},
+}
+
+
+def rows_of(model: str) -> dict[str, list[str]]:
+    """Return the rungs of every row."""
+    ladder = LADDER[model]
+    rows: dict[str, list[str]] = {"FPQ": []} | {r: [r] for r in RUNGS}
+    return rows | {f"+ {r}": list(ladder[: i + 1]) for i, r in enumerate(ladder) if i} | {"learned maps (best)": []}
+
+
+def recipe_of(model: str, name: str, rungs: list[str]) -> Recipe:
+    """Return the recipe of a row."""
+    data = load_recipe("best" if "best" in name else "fpq").model_dump()
+    for changes in (OWN[model], {"search": {"rounds": 1}}, *(RUNGS[r] for r in rungs)):
+        for section, fields in changes.items():
+            data[section] |= fields
+    if model == "smollm2":
+        data["ignore"] = ["lm_head"]
+    return Recipe.model_validate({**data, "name": "rung"})
+
+
+@torch.no_grad()
+def forward_seconds(model: str) -> float:
+    """Return the seconds of one pass of the float model over the calibration data, the median of three."""
+    if model == "vit":
+        net = load_any(MODEL).model
+        batches = [{"pixel_values": part} for part in pixels(1, SIZES[model])[0].split(16)]
+    else:
+        flat = load_any(smollm2())
+        net = flat.model
+        batches = [{"input_ids": part} for part in spread(texts(flat.tokenizer)[0], SIZES[model]).split(4)]
+    found = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for batch in batches:
+            net(**batch)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def measured(measure: Measure, recipe: Recipe, size: int) -> dict[str, Any]:
+    """Return what a recipe reaches, or why the model does not allow it."""
+    start = time.perf_counter()
+    try:
+        found: dict[str, Any] = dict(measure(recipe, size))
+    except LlmFp4Error as error:
+        return {"refused": str(error)}
+    if "perplexity" in found:
+        found["G"] = math.log(found["perplexity"] / found["float_perplexity"])
+    return {**found, "seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=LADDER)
+    parser.add_argument("--only", action="append")
+    options = parser.parse_args()
+    rows = rows_of(options.model)
+    if strange := set(options.only or ()) - set(rows):
+        raise SystemExit(f"no row {sorted(strange)[0]!r}; there are {', '.join(rows)}")
+    path = HERE / "results" / f"rungs-{options.model}.json"
+    known = {r["row"]: r for r in (json.loads(path.read_text())["rows"] if path.is_file() else [])}
+    measure = vit() if options.model == "vit" else language()
+    for name in options.only or rows:
+        recipe = recipe_of(options.model, name, rows[name])
+        found = measured(measure, recipe, SIZES[options.model])
+        known[name] = {"row": name, "rungs": rows[name], **found, "forward_seconds": forward_seconds(options.model)}
+        print(
+            f"{name:28s}",
+            {k: round(v, 3) if isinstance(v, float) else v for k, v in known[name].items() if k not in ("row", "rungs")},
+            flush=True,
+        )
+        record(f"rungs-{options.model}", list(known.values()))
+
+
+if __name__ == "__main__":
+    main()
