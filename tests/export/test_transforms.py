@@ -18,18 +18,18 @@ from llm_fp4.plan import InputPlan, InputSpec
 def test_an_online_transform_is_refused_by_name() -> None:
     plain = ModuleEntry("linear", parse("e2m1"), (8, 16), InputSpec(parse("e2m1")))
     mixed = ModuleEntry("linear", parse("e2m1"), (8, 16), InputSpec(parse("e2m1"), transform="hadamard"))
-    assert hold_weights({"up": plain}, "ONNX", lambda entry: "FLOAT4E2M1", "no remedy").containers == {"up": "FLOAT4E2M1"}
+    assert hold_weights({"up": plain}, "ONNX", {"up": "FLOAT4E2M1"}, "no remedy").containers == {"up": "FLOAT4E2M1"}
     with pytest.raises(UnsupportedError, match="ONNX cannot hold the hadamard transform of the inputs of down, and without it"):
-        hold_weights({"up": plain, "down": mixed}, "ONNX", lambda entry: "FLOAT4E2M1", "no remedy")
+        hold_weights({"up": plain, "down": mixed}, "ONNX", dict.fromkeys(("up", "down"), "FLOAT4E2M1"), "no remedy")
 
 
 def test_offsets_and_gained_biases_are_refused_by_name() -> None:
     offset = ModuleEntry("linear", parse("e2m1"), (8, 16), InputSpec(parse("ue2m2"), offset=True))
     gained = ModuleEntry("linear", parse("e2m1"), (8, 16), InputSpec(parse("e2m1")), added_bias=True)
     with pytest.raises(UnsupportedError, match="GGUF cannot hold the input offsets of down, and without them the biases are wrong"):
-        hold_weights({"down": offset}, "GGUF", lambda entry: "F16", "no remedy")
+        hold_weights({"down": offset}, "GGUF", {"down": "F16"}, "no remedy")
     with pytest.raises(UnsupportedError, match="GGUF has no place for the bias that up gained"):
-        hold_weights({"up": gained}, "GGUF", lambda entry: "F16", "no remedy")
+        hold_weights({"up": gained}, "GGUF", {"up": "F16"}, "no remedy")
 
 
 def test_a_float_twin_takes_the_offset_out_of_the_bias() -> None:
@@ -42,4 +42,4 @@ def test_a_float_twin_takes_the_offset_out_of_the_bias() -> None:
     float_twin(model)
     assert torch.allclose(model["layer"](x), expected, atol=1e-5)
     entry = ModuleEntry("linear", parse("e2m1"), (5, 16), plan.spec, added_bias=True)
-    assert hold_weights({"layer": entry}, "ONNX", lambda e: "FLOAT4E2M1", "", new_biases=True).containers == {"layer": "FLOAT4E2M1"}
+    assert hold_weights({"layer": entry}, "ONNX", {"layer": "FLOAT4E2M1"}, "", new_biases=True).containers == {"layer": "FLOAT4E2M1"}
