@@ -42,4 +42,6 @@ def test_a_float_twin_takes_the_offset_out_of_the_bias() -> None:
     float_twin(model)
     assert torch.allclose(model["layer"](x), expected, atol=1e-5)
     entry = ModuleEntry("linear", parse("e2m1"), (5, 16), plan.spec, added_bias=True)
-    assert hold_weights({"layer": entry}, "ONNX", {"layer": "FLOAT4E2M1"}, "", new_biases=True).containers == {"layer": "FLOAT4E2M1"}
+    assert hold_weights({"layer": entry}, "ONNX", {"layer": "FLOAT4E2M1"}, "", new_biases=True).containers == {
+        "layer": "FLOAT4E2M1"
+    }
