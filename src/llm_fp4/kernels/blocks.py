@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from llm_fp4.kernels.ops import empty_product
 from llm_fp4.numerics import FloatFormat, PerBlock, block_step, decode, max_scale, round_to_level, unpack
 
 
@@ -32,9 +33,7 @@ def quantize_blocks(x: Tensor, second: Tensor, block_size: int, scale_dtype: str
     return round_to_level(tiles * inverse, fmt).mul_(step).flatten(-2)[:, :columns].contiguous()
 
 
-@quantize_blocks.register_fake
-def _(x, second, block_size, scale_dtype, exponent_bits, mantissa_bits):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape, dtype=torch.float32)
+quantize_blocks.register_fake(lambda x, *_: x.new_empty(x.shape, dtype=torch.float32))
 
 
 def block_linear_reference(
@@ -60,9 +59,7 @@ def block_linear_reference(
 block_linear = torch.library.custom_op("llm_fp4::block_linear", block_linear_reference, mutates_args=())
 
 
-@block_linear.register_fake
-def _(x, weight_packed, weight_scale, second, bias, block_size, scale_dtype, exponent_bits, mantissa_bits):  # type: ignore[no-untyped-def]
-    return x.new_empty((x.shape[0], weight_packed.shape[0]), dtype=torch.float32)
+block_linear.register_fake(empty_product)
 
 
 def quantized_block_linear_reference(
@@ -87,9 +84,6 @@ quantized_block_linear = torch.library.custom_op(
 )
 
 
-@quantized_block_linear.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, input_second, input_block_size, input_scale_dtype, input_exponent_bits, input_mantissa_bits, weight_packed, weight_scale,
-    second, bias, block_size, scale_dtype, exponent_bits, mantissa_bits,
-):  # fmt: skip
-    return x.new_empty((x.shape[0], weight_packed.shape[0]), dtype=torch.float32)
+quantized_block_linear.register_fake(
+    lambda x, second, size, kind, exponent_bits, mantissa_bits, weight_packed, *_: empty_product(x, weight_packed)
+)

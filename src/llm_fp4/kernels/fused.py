@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_fp4.kernels.ops import int_linear, quantize_input
+from llm_fp4.kernels.ops import empty_product, int_linear, quantize_input
 
 
 def quantized_linear_reference(
@@ -26,9 +26,8 @@ def quantized_linear_reference(
 quantized_linear = torch.library.custom_op("llm_fp4::quantized_linear", quantized_linear_reference, mutates_args=())
 
 
-@quantized_linear.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token, weight_packed, weight_scale, bias,
-    weight_exponent_bits, weight_mantissa_bits,
-):  # fmt: skip
-    return x.new_empty((x.shape[0], weight_packed.shape[0]), dtype=torch.float32)
+quantized_linear.register_fake(
+    lambda x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token, weight_packed, *_: empty_product(
+        x, weight_packed
+    )
+)

@@ -35,6 +35,4 @@ def hadamard_reference(x: Tensor) -> Tensor:
 hadamard = torch.library.custom_op("llm_fp4::hadamard", hadamard_reference, mutates_args=())
 
 
-@hadamard.register_fake
-def _(x):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape, dtype=torch.float32)
+hadamard.register_fake(lambda x: x.new_empty(x.shape, dtype=torch.float32))

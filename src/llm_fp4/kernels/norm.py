@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_fp4.kernels.ops import quantize_input_reference
-from llm_fp4.numerics import FloatFormat
-from llm_fp4.plan import LIMB
+from llm_fp4.kernels.ops import empty_levels, quantize_input_reference
 
 _LANES = 16
 
@@ -58,10 +56,4 @@ def norm_quantize_input_reference(
 norm_quantize_input = torch.library.custom_op("llm_fp4::norm_quantize_input", norm_quantize_input_reference, mutates_args=())
 
 
-@norm_quantize_input.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, weight, bias, eps, centered, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token
-):
-    top = FloatFormat(exponent_bits, mantissa_bits, signed).max_level << max_shift
-    levels = torch.empty_like(x, dtype=torch.int8 if top <= LIMB else torch.int16, memory_format=torch.contiguous_format)
-    return levels, x.new_empty((x.shape[0], 1), dtype=torch.float32)
+norm_quantize_input.register_fake(lambda x, weight, bias, eps, centered, scale, shift, smooth, *rule: empty_levels(x, *rule))

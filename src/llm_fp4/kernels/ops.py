@@ -44,6 +44,20 @@ def check_limbs(fmt: FloatFormat, max_shift: int) -> None:
         )
 
 
+def empty_levels(
+    x: Tensor, exponent_bits: int, mantissa_bits: int, signed: bool, max_shift: int, _per_token: bool
+) -> tuple[Tensor, Tensor]:
+    """Return levels and steps in the shapes and types of :func:`quantize_input_reference`, for tracing."""
+    top = FloatFormat(exponent_bits, mantissa_bits, signed).max_level << max_shift
+    levels = torch.empty_like(x, dtype=torch.int8 if top <= LIMB else torch.int16, memory_format=torch.contiguous_format)
+    return levels, x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+def empty_product(x: Tensor, weight_packed: Tensor, *_: object) -> Tensor:
+    """Return the (tokens, out) float32 that a product fills, for tracing; its other operands shape nothing."""
+    return x.new_empty((x.shape[0], weight_packed.shape[0]), dtype=torch.float32)
+
+
 def quantize_input_reference(
     x: Tensor, scale: Tensor, shift: Tensor | None, smooth: Tensor | None,
     exponent_bits: int, mantissa_bits: int, signed: bool, max_shift: int, per_token: bool,
@@ -76,11 +90,7 @@ def quantize_input_reference(
 quantize_input = torch.library.custom_op("llm_fp4::quantize_input", quantize_input_reference, mutates_args=())
 
 
-@quantize_input.register_fake
-def _(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token):  # type: ignore[no-untyped-def]
-    top = FloatFormat(exponent_bits, mantissa_bits, signed).max_level << max_shift
-    levels = torch.empty_like(x, dtype=torch.int8 if top <= LIMB else torch.int16, memory_format=torch.contiguous_format)
-    return levels, x.new_empty((x.shape[0], 1), dtype=torch.float32)
+quantize_input.register_fake(lambda x, scale, shift, smooth, *rule: empty_levels(x, *rule))
 
 
 def _int8_product(a: Tensor, b: Tensor) -> Tensor:
@@ -129,9 +139,7 @@ def int_linear_reference(
 int_linear = torch.library.custom_op("llm_fp4::int_linear", int_linear_reference, mutates_args=())
 
 
-@int_linear.register_fake
-def _(levels, step, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits):  # type: ignore[no-untyped-def]
-    return levels.new_empty((levels.shape[0], weight_packed.shape[0]), dtype=torch.float32)
+int_linear.register_fake(lambda levels, step, weight_packed, *_: empty_product(levels, weight_packed))
 
 
 def float_linear_reference(
@@ -151,9 +159,7 @@ def float_linear_reference(
 float_linear = torch.library.custom_op("llm_fp4::float_linear", float_linear_reference, mutates_args=())
 
 
-@float_linear.register_fake
-def _(x, weight_packed, weight_scale, bias, exponent_bits, mantissa_bits):  # type: ignore[no-untyped-def]
-    return x.new_empty((x.shape[0], weight_packed.shape[0]), dtype=torch.float32)
+float_linear.register_fake(empty_product)
 
 
 def integer_product(input_top: int, weight_format: FloatFormat) -> bool:

@@ -20,12 +20,12 @@ _FEW_ROWS = 16  # up to so many, a product is bound by reading codes
 
 
 @triton.jit
-def _power_of_two(n):  # type: ignore[no-untyped-def]
+def _power_of_two(n):
     return ((n + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _multiplied(x_row, shift, smooth, columns, mask, inverse, HAS_SHIFT: tl.constexpr, HAS_SMOOTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _multiplied(x_row, shift, smooth, columns, mask, inverse, HAS_SHIFT: tl.constexpr, HAS_SMOOTH: tl.constexpr):
     """Return x times what brings it to the grid, in the reference's order of roundings, and the shifts."""
     x = tl.load(x_row + columns, mask, other=0.0).to(tl.float32)
     k = columns * 0
@@ -39,7 +39,7 @@ def _multiplied(x_row, shift, smooth, columns, mask, inverse, HAS_SHIFT: tl.cons
 
 
 @triton.jit
-def _quantize_kernel(  # type: ignore[no-untyped-def]
+def _quantize_kernel(
     x, scale, shift, smooth, levels, step_out, width, low, top, unit,
     M: tl.constexpr, MAX_SHIFT: tl.constexpr, PER_TOKEN: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SMOOTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -81,7 +81,7 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _level(code, E: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+def _level(code, E: tl.constexpr, M: tl.constexpr):
     """Return the int32 level of a code with its sign on top."""
     magnitude = code & ((1 << (E + M)) - 1)
     field, fraction = magnitude >> M, magnitude & ((1 << M) - 1)
@@ -91,7 +91,7 @@ def _level(code, E: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit
-def _limb_products(x_row, columns, rows_mask, width, weight, high, low, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _limb_products(x_row, columns, rows_mask, width, weight, high, low, WIDE: tl.constexpr):
     """Return the sums ``high`` and ``low`` with the products of some columns' limbs added."""
     x = tl.load(x_row[:, None] + columns[None, :], rows_mask[:, None] & (columns < width)[None, :], other=0)
     if WIDE:
@@ -103,7 +103,7 @@ def _limb_products(x_row, columns, rows_mask, width, weight, high, low, WIDE: tl
 
 
 @triton.jit
-def _int_linear_kernel(  # type: ignore[no-untyped-def]
+def _int_linear_kernel(
     levels, step, codes, scale, bias, y, tokens, width, out, row_bytes, step_stride,
     E: tl.constexpr, M: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, OUTS: tl.constexpr, BYTES: tl.constexpr,
@@ -134,7 +134,7 @@ def _int_linear_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _float_linear_kernel(  # type: ignore[no-untyped-def]
+def _float_linear_kernel(
     x, codes, scale, bias, y, tokens, width, out, row_bytes, E: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, OUTS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 _MMAP_THRESHOLD = -3  # of glibc's mallopt
-_LARGE = 4 << 20  # bytes
+_LARGE = 16 << 20  # bytes; with less, small models spend much of a run on page faults
 
 
 def steady() -> None:

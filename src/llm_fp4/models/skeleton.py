@@ -80,7 +80,7 @@ def _empty_model(model_class: Any, config: Any, path: Path) -> Any:
     from accelerate import init_empty_weights
     from transformers import GenerationConfig
 
-    steady()
+    steady()  # building makes every weight for a moment
     try:
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -104,19 +104,26 @@ def _choose(trials: _Trials, first: int, recipe: Recipe, progress: Progress) -> 
     while tried[0].sinks and tried[-1].sinks and tried[-1].often is not None and len(tried[-1].tokens) < most:
         progress(STAGE, len(tried[-1].tokens), most)
         tried += trials.run([[tried[-1].often, *tried[-1].tokens]])
-        if 2 * tried[-1].outlying > tried[-2].outlying:
-            tried.pop()
+        if _best(tried) is not tried[-1]:
             break
     progress(STAGE, most, most)
     return tried
 
 
+def _best(tried: list[Trial]) -> Trial:
+    """Return the longest prefix worth its tokens: each must halve what a shorter one left."""
+    best = tried[0]
+    for longer in tried[1:] if best.sinks else ():
+        best = longer if 2 * longer.outlying <= best.outlying else best
+    return best
+
+
 def _decision(tried: list[Trial]) -> dict[str, Any]:
-    best = min(tried, key=lambda t: (t.outlying, len(t.tokens))) if tried[0].sinks else tried[0]
+    best = _best(tried)
     out: dict[str, Any] = {"tokens": best.tokens, "tried": [asdict(t) for t in tried]}
     if not best.tokens:
         found = f"{tried[0].outlying} of {tried[0].sequences} sequences have a token that exceeds the median {OUTLYING:g} times at an input"
-        out["reason"] = f"no prefix: {found}, " + ("and no prefix leaves fewer" if tried[0].sinks else "which is no sink")
+        out["reason"] = f"no prefix: {found}, " + ("and no prefix halves that" if tried[0].sinks else "which is no sink")
     return out
 
 
