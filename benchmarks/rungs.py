@@ -4,8 +4,8 @@
     python rungs.py smollm2 --only "+ rotation"       # a part; rows measured before are kept
 
 The base is FPQ with one round. A row "rung" adds one thing to it; a row "+ rung" adds it to all the "+" rows above. What a model
-does not allow (a rotation through LayerNorm) is said, not skipped. Cost is in forward passes of the float model over the
-calibration data, beside the median of three on the same machine.
+does not allow is said, not skipped. Beside each row's seconds stand those of a forward pass of the float model over the
+calibration data, the median of three at that moment: their ratio is the cost.
 """
 
 from __future__ import annotations
@@ -64,16 +64,17 @@ def recipe_of(model: str, name: str, rungs: list[str]) -> Recipe:
     return Recipe.model_validate({**data, "name": "rung"})
 
 
-@torch.no_grad()
-def forward_seconds(model: str) -> float:
-    """Return the seconds of one pass of the float model over the calibration data, the median of three."""
+def float_pass(model: str) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
+    """Return the float model and the calibration data it reads in one pass."""
+    flat = load_any(MODEL if model == "vit" else smollm2())
     if model == "vit":
-        net = load_any(MODEL).model
-        batches = [{"pixel_values": part} for part in pixels(1, SIZES[model])[0].split(16)]
-    else:
-        flat = load_any(smollm2())
-        net = flat.model
-        batches = [{"input_ids": part} for part in spread(texts(flat.tokenizer)[0], SIZES[model]).split(4)]
+        return flat.model, [{"pixel_values": part} for part in pixels(1, SIZES[model])[0].split(16)]
+    return flat.model, [{"input_ids": part} for part in spread(texts(flat.tokenizer)[0], SIZES[model]).split(4)]
+
+
+@torch.no_grad()
+def forward_seconds(net: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> float:
+    """Return the seconds of one pass of the float model, the median of three."""
     found = []
     for _ in range(3):
         start = time.perf_counter()
@@ -105,11 +106,11 @@ def main() -> None:
         raise SystemExit(f"no row {sorted(strange)[0]!r}; there are {', '.join(rows)}")
     path = HERE / "results" / f"rungs-{options.model}.json"
     known = {r["row"]: r for r in (json.loads(path.read_text())["rows"] if path.is_file() else [])}
-    measure = vit() if options.model == "vit" else language()
+    measure, once = vit() if options.model == "vit" else language(), float_pass(options.model)
     for name in options.only or rows:
         recipe = recipe_of(options.model, name, rows[name])
         found = measured(measure, recipe, SIZES[options.model])
-        known[name] = {"row": name, "rungs": rows[name], **found, "forward_seconds": forward_seconds(options.model)}
+        known[name] = {"row": name, "rungs": rows[name], **found, "forward_seconds": forward_seconds(*once)}
         print(
             f"{name:28s}",
             {k: round(v, 3) if isinstance(v, float) else v for k, v in known[name].items() if k not in ("row", "rungs")},
