@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 from common import HERE, WORK, record, smollm2, spread, texts
+from learned_formats import learned_formats
 from vit import MODEL, pixels
 
 import llm_fp4
 from llm_fp4.api import load_any
 from llm_fp4.evaluation import class_logits, compare, top_k
+from llm_fp4.models import find_structure
 from llm_fp4.recipe import Recipe, load_recipe
 
 CANDIDATES = 40  # of the paper's grid, which has 100
@@ -43,6 +45,8 @@ class Row:
     size: int
     search: dict[str, Any] = field(default_factory=dict)
     recipe: str = "fpq"
+    signed: bool = False  # inputs in signed formats alone
+    learned: bool = False  # formats by gradient, see learned_formats.py
 
 
 def rows_of(model: str) -> dict[str, Row]:
@@ -58,6 +62,11 @@ def rows_of(model: str) -> dict[str, Row]:
         "sequential": Row("inputs of a block", base),
         "parallel": Row("inputs of a block", base, {"propagation": "parallel"}),
         "layer-wise search": Row("method", base),
+        "block-wise reconstruction": Row("method", base, {"reconstruction": "block"}),
+        "compensated, layer-wise": Row("method", base, recipe="fpq-gptq"),
+        "compensated, then block-wise": Row("method", base, {"reconstruction": "block"}, "fpq-gptq"),
+        "signed formats searched": Row("formats", base, signed=True),
+        "signed formats learned by gradient": Row("formats", base, signed=True, learned=True),
         "baseline without shift": Row("method", base, recipe="fpq-baseline"),
     }
 
@@ -66,6 +75,7 @@ def recipe_of(row: Row, model: str) -> Recipe:
     """Return the recipe of a row: attention products in ViT, all scales static there as in the paper."""
     data = load_recipe(row.recipe).model_dump()
     data["search"] |= {"rounds": 1, **row.search}
+    data["inputs"]["unsigned"] &= not row.signed
     if model == "vit":
         data["inputs"]["sinks"] = "static"
         data["attention"] |= {"bits": 4, "unsigned": False}
@@ -73,10 +83,11 @@ def recipe_of(row: Row, model: str) -> Recipe:
 
 
 Measure = Callable[[Recipe, int], dict[str, float]]
+Learn = Callable[[int], list[dict[str, Any]]]  # the overrides that name learned formats, from so much calibration data
 
 
-def vit() -> Measure:
-    """Return what quantizes ViT-Ti and measures it."""
+def vit() -> tuple[Measure, Learn]:
+    """Return what quantizes ViT-Ti and measures it, and what learns its formats."""
     most = max(SIZES["vit"])
     calibration, images, labels = pixels(IMAGES, most)
     batches = [{"pixel_values": part} for part in images.split(25)]
@@ -89,11 +100,15 @@ def vit() -> Measure:
         kl = torch.nn.functional.kl_div(logits.log_softmax(1), flat.log_softmax(1), log_target=True, reduction="batchmean")
         return {"kl": float(kl), "top1": found.top1, "agreement": found.agreement or 0.0, "float_top1": top_k(flat, labels).top1}
 
-    return measure
+    def learn(size: int) -> list[dict[str, Any]]:
+        model, parts = load_any(MODEL).model, calibration[:size].split(8)
+        return learned_formats(model, inner_linears(model), lambda m, i: m(pixel_values=parts[i]).logits, len(parts))
+
+    return measure, learn
 
 
-def language() -> Measure:
-    """Return what quantizes SmolLM2 and measures it."""
+def language() -> tuple[Measure, Learn]:
+    """Return what quantizes SmolLM2 and measures it, and what learns its formats."""
     source = smollm2()
     flat = load_any(source)
     calibration, held_out = texts(flat.tokenizer)
@@ -113,7 +128,16 @@ def language() -> Measure:
             "float_perplexity": found["float"].perplexity,
         }
 
-    return measure
+    def learn(size: int) -> list[dict[str, Any]]:
+        parts, names = spread(calibration, size).split(1), inner_linears(flat.model)
+        return learned_formats(flat.model, names, lambda m, i: m(input_ids=parts[i]).logits[0], len(parts))
+
+    return measure, learn
+
+
+def inner_linears(model: torch.nn.Module) -> list[str]:
+    """Return the names of the linears inside the blocks."""
+    return [n for names in find_structure(model).linears.values() for n in names]
 
 
 def main() -> None:
@@ -128,12 +152,15 @@ def main() -> None:
     wanted = options.only or options.recipe or list(rows)
     path = HERE / "results" / f"ablations-{options.model}.json"
     known = {r["row"]: r for r in (json.loads(path.read_text())["rows"] if path.is_file() else [])}
-    measure = vit() if options.model == "vit" else language()
+    measure, learn = vit() if options.model == "vit" else language()
     same: dict[tuple[str, int], dict[str, float]] = {}  # several questions have the base as an answer
     for name in wanted:
         row, began = rows[name], time.monotonic()
-        key = (recipe_of(row, options.model).model_dump_json(), row.size)
-        found = same[key] = same.get(key) or measure(recipe_of(row, options.model), row.size)
+        recipe = recipe_of(row, options.model)
+        if row.learned:
+            recipe = Recipe.model_validate({**recipe.model_dump(), "overrides": learn(row.size)})
+        key = (recipe.model_dump_json(), row.size)
+        found = same[key] = same.get(key) or measure(recipe, row.size)
         known[name] = {
             "row": name,
             "question": row.question,

@@ -106,7 +106,7 @@ def main() -> None:
         raise SystemExit(f"no row {sorted(strange)[0]!r}; there are {', '.join(rows)}")
     path = HERE / "results" / f"rungs-{options.model}.json"
     known = {r["row"]: r for r in (json.loads(path.read_text())["rows"] if path.is_file() else [])}
-    measure, once = vit() if options.model == "vit" else language(), float_pass(options.model)
+    measure, once = (vit() if options.model == "vit" else language())[0], float_pass(options.model)
     for name in options.only or rows:
         recipe = recipe_of(options.model, name, rows[name])
         found = measured(measure, recipe, SIZES[options.model])

@@ -69,9 +69,11 @@ def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, d
         work += (2 + parts * (len(structure.blocks) + 1) / 2) * forward * recipe.budget.tokens / tokens
     if recipe.inputs.sinks == "prefix":
         work += 2 * forward * min(1.0, TRIAL_TOKENS / tokens)  # without a prefix and with the shortest
+    inner = 2.0 * tokens * sum(math.prod(shapes[n]) for n in _inner(structure))
     if recipe.transforms.learned:
-        inner = 2.0 * tokens * sum(math.prod(shapes[n]) for n in _inner(structure))
         work += (_GRADIENT * recipe.transforms.epochs + 2) * inner
+    if recipe.search.reconstruction == "block":
+        work += (_GRADIENT * recipe.search.reconstruction_epochs + 2) * inner
     memory = _memory(opened.model, structure, shapes)
     if recipe.search.objective == "fisher":
         work += (_GRADIENT - 1) * forward  # inputs alone get a gradient, parameters none

@@ -104,6 +104,7 @@ class Inspection:
         cache: its attention modules, where their keys and values are kept in codes or were to be.
         prefix: the tokens before every sequence that take the part of the attention sink, what was tried and why, as in plan.json; for
             a float model the most there may be; None where none is wanted.
+        reconstruction: the error of every block before and after its rounding was learned, as in plan.json; None where it was not.
     """
 
     origin: str
@@ -121,3 +122,4 @@ class Inspection:
     average: AverageBits = AverageBits()
     budget: dict[str, Any] | None = None
     prefix: dict[str, Any] | None = None
+    reconstruction: dict[str, dict[str, Any]] | None = None

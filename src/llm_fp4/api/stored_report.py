@@ -53,6 +53,7 @@ def stored_report(folder: Path) -> Inspection:
         str(folder), True, architecture, **described, bytes=size, float_bytes=plan.get("float_bytes"), layers=layers,
         attention=_attention(folder, plan), cache=_cache(folder, plan), fingerprint=quantization.get("fingerprint"),
         average=_average(manifest, sites), budget=plan.get("budget"), prefix=plan.get("prefix"),
+        reconstruction=plan.get("reconstruction"),
     )  # fmt: skip
 
 

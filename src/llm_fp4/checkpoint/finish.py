@@ -54,6 +54,8 @@ def finish_checkpoint(
         decided["budget"] = budget
     decided |= {"cache": caches} if caches else {}
     decided |= {"prefix": prefix} if prefix else {}
+    rebuilt = {plan["block"]: plan["reconstruction"] for plan in plans if "reconstruction" in plan}
+    decided |= {"reconstruction": rebuilt} if rebuilt else {}
     write_json(folder / "plan.json", {"version": version, **description, **decided})
     write_text(folder / "recipe.yaml", recipe_yaml)
     weight_map, size = store.weight_map(), 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -101,9 +102,17 @@ def _head(found: Inspection) -> None:
     sinks = [("prefix", line)] if (line := prefix_line(found.prefix)) else []
     before = [("float model", size(found.float_bytes)), ("average bits", average(found.average))] if found.quantized else []
     what = f"{found.recipe} ({found.method}) {found.bits}" if found.quantized else f"{found.recipe} {found.bits} would give"
-    print_facts(
-        [("model", f"{found.origin} ({found.architecture})"), ("recipe", what), disk, *before, *sinks, *_made(found.fingerprint)]
-    )
+    model = ("model", f"{found.origin} ({found.architecture})")
+    print_facts([model, ("recipe", what), disk, *before, *sinks, *_rebuilt(found.reconstruction), *_made(found.fingerprint)])
+
+
+def _rebuilt(blocks: dict[str, dict[str, Any]] | None) -> list[tuple[str, str]]:
+    """Return the line on blocks whose rounding was learned."""
+    if not blocks:
+        return []
+    kept = [b for b in blocks.values() if b["kept"]]
+    ratio = f", with {median(b['after'] / b['before'] for b in kept):.2f} of the error (median)" if kept else ""
+    return [("rounding", f"learned in {len(kept)} of {len(blocks)} blocks{ratio}")]
 
 
 def _made(fingerprint: dict[str, Any] | None) -> list[tuple[str, str]]:

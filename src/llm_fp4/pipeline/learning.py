@@ -6,24 +6,20 @@ Source: FlatQuant, arXiv:2410.09426, §3: a Kronecker-factored affine map for ev
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from llm_fp4.calibration import inputs_of
 from llm_fp4.models import BlockRunner, placed
 from llm_fp4.nn import linear_weight
 from llm_fp4.numerics import FloatFormat
+from llm_fp4.pipeline.steps import BlockSteps
 from llm_fp4.recipe import ModuleRule, Recipe
 from llm_fp4.search import sink_ratio
 from llm_fp4.transforms import KroneckerTransform, SoftInput, SoftLinear
 
-_STEP_TOKENS, _STEPS = 512, 16  # of one step of descent at most; in one pass at least, where there are so many sequences
 _CLIP_SPEED = 5.0  # clipping learns so many times faster than the maps
 _COOLED = 0.01  # the last step's share of the first one's length
 
@@ -31,13 +27,13 @@ Linears = dict[str, nn.Module]
 
 
 def learn_transforms(
-    runner: BlockRunner, name: str, groups: list[list[str]], linears: Linears, recipe: Recipe, mask: Callable[[int], Tensor | None]
+    runner: BlockRunner, name: str, groups: list[list[str]], linears: Linears, recipe: Recipe, steps: BlockSteps
 ) -> dict[str, KroneckerTransform]:
     """Return the map of each input site of a block, by the site's name; none where no map beats the channels as they are.
 
     Args:
         runner: has the block ``name`` next, with real float weights. groups: names of the linears that share an input.
-        mask: the (batch, tokens) mask of a batch by number, or None.
+        steps: the block's calibration data.
     """
     rules = {g[0]: recipe.rule(g[0]) for g in groups}
     sites = {s: g for s, g in zip(rules, groups, strict=True) if learnable(rules[s])}
@@ -45,7 +41,6 @@ def learn_transforms(
         return {}
     device = linear_weight(next(iter(linears.values()))).device
     generator = torch.Generator().manual_seed(recipe.seed ^ zlib.crc32(name.encode()))
-    steps = _Steps(runner, name, mask)
     tops = _tops(runner, name, {s: linears[s] for s in sites}, rules, recipe)
     formats = {s: _format(rules[s].input_formats) for s in sites}
     weight_formats = {n: _format(recipe.rule(n).weight_formats) for g in sites.values() for n in g}
@@ -77,60 +72,7 @@ def learnable(rule: ModuleRule) -> bool:
     return bool(rule.input_formats and rule.weight_formats) and not rule.transform and rule.input_blocks is None
 
 
-@dataclass
-class _Step:
-    """A few sequences of one batch: the block's arguments, the float output wanted, the weight of each token."""
-
-    call: tuple[tuple[Any, ...], dict[str, Any]]
-    target: Tensor
-    weight: Tensor
-
-
-class _Steps:
-    """The calibration data cut into steps of a few hundred tokens; iterating goes through all, in order."""
-
-    def __init__(self, runner: BlockRunner, name: str, mask: Callable[[int], Tensor | None]) -> None:
-        self.block = runner.model.get_submodule(name)
-        self._all: list[_Step] = []
-        energy = []
-        calls = [runner.arguments(name, i) for i in range(len(runner.batches))]
-        tokens = sum(_first(call).shape[:-1].numel() for call in calls)
-        for i, call in enumerate(calls):
-            target = _first(self.block(*call[0], **call[1]))
-            hidden = _first(call)
-            added = (target - hidden if hidden.shape == target.shape else target).square().mean(-1)
-            kept = mask(i)
-            if kept is not None and kept.shape == added.shape:
-                added = torch.where(kept.bool(), added, torch.inf)  # padding weighs nothing
-            energy.append(added)
-            size = max(1, min(_STEP_TOKENS, tokens // _STEPS) // max(target.shape[1:-1].numel(), 1))
-            self._all += [
-                _Step(_part(call, slice(j, j + size), len(target)), target[j : j + size], added[j : j + size])
-                for j in range(0, len(target), size)
-            ]
-        finite = torch.cat([e.flatten() for e in energy])
-        finite = finite[finite.isfinite()]
-        # tokens that a block changes a thousand times more than others (attention sinks) would be all that counts
-        total, median = finite.mean().clamp_min(1e-30), finite.median().clamp_min(1e-30)
-        for step in self._all:
-            step.weight = (median / step.weight.clamp_min(median) / total).unsqueeze(-1)
-
-    def __iter__(self) -> Iterator[_Step]:
-        return iter(self._all)
-
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def shuffled(self, generator: torch.Generator) -> Iterator[_Step]:
-        return (self._all[i] for i in torch.randperm(len(self._all), generator=generator).tolist())
-
-    def loss(self, step: _Step) -> Tensor:
-        """Return the weighted squared error of the block as it stands, relative to what it adds."""
-        out = _first(self.block(*step.call[0], **step.call[1]))
-        return ((out - step.target).square() * step.weight).mean()
-
-
-def _descend(steps: _Steps, inputs: dict[str, SoftInput], soft: Linears, recipe: Recipe, generator: torch.Generator) -> float:
+def _descend(steps: BlockSteps, inputs: dict[str, SoftInput], soft: Linears, recipe: Recipe, generator: torch.Generator) -> float:
     """Learn all maps and clippings together; return the loss summed over the steps of the last pass."""
     rules = recipe.transforms
     maps = [p for site in inputs.values() for p in (site.left, site.right)]
@@ -173,13 +115,3 @@ def _format(candidates: tuple[FloatFormat, ...]) -> FloatFormat:
     """Return the format that stands for all candidates while maps are learned: the one with as many exponent bits as mantissa bits,
     or nearly; the search chooses among all of them afterwards."""
     return min(candidates, key=lambda f: (abs(f.exponent_bits - f.mantissa_bits - 1), f.exponent_bits))
-
-
-def _first(tree: Any) -> Tensor:
-    found: Tensor = next(x for x in tree_leaves(tree) if isinstance(x, Tensor))
-    return found
-
-
-def _part(call: Any, where: slice, size: int) -> Any:
-    """Return the arguments of some sequences of a batch of ``size``."""
-    return tree_map_only(Tensor, lambda x: x[where] if x.dim() > 1 and len(x) == size else x, call)

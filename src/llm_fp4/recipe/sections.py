@@ -180,7 +180,8 @@ class SearchRules(Strict):
     input ("gptaq", for which the float model's blocks run beside the quantized ones), or for the share ``inherited`` of it;
     ``damping`` is added to the Hessian; ``sweeps`` of coordinate descent over levels and scales follow it, from ``starts``
     different first scales. ``bias_correction``: a layer's bias takes the mean of its output error, which the search then leaves
-    out.
+    out. ``reconstruction``: "block" then learns the rounding of each block's weights, their row scales and the inputs' scales together
+    by the error of the block's output, in ``reconstruction_epochs`` passes over the calibration data.
     """
 
     objective: Literal["output", "fisher"] = "output"
@@ -196,6 +197,8 @@ class SearchRules(Strict):
     sweeps: int = Field(default=4, ge=0)
     starts: int = Field(default=3, ge=1, le=5)
     bias_correction: bool = False
+    reconstruction: Literal["none", "block"] = "none"
+    reconstruction_epochs: int = Field(default=8, ge=1)
 
     @field_validator("gamma")
     @classmethod

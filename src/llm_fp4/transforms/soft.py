@@ -20,7 +20,7 @@ def soft_level(x: Tensor, fmt: FloatFormat) -> Tensor:
     Source: the straight-through estimator of LSQ, arXiv:1902.08153, Eq. 3 and 5: with ``level * scale`` the scale learns too.
     """
     top = float(fmt.max_level)
-    clipped = x.clamp(-top, top)
+    clipped = x.clamp(-top if fmt.signed else 0.0, top)
     return clipped + (round_to_level(x.detach(), fmt) - clipped.detach())
 
 
@@ -77,6 +77,11 @@ class SoftLinear(nn.Module):
         self.clip = nn.Parameter(torch.full((len(weight), 1), _START, device=weight.device))
         self._float, self._bias, self._format = weight, bias, fmt
         self._site = (site,)  # in a tuple: the site's parameters are its own, not this layer's
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) float32, for model code that asks for a layer's type."""
+        return self._float
 
     def forward(self, x: Tensor) -> Tensor:
         (site,) = self._site

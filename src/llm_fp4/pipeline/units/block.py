@@ -13,7 +13,9 @@ from llm_fp4.nn import expert_lists
 from llm_fp4.pipeline.attention import AttentionSites
 from llm_fp4.pipeline.caches import decide_caches, place_caches
 from llm_fp4.pipeline.learning import learn_transforms
-from llm_fp4.pipeline.sites import split_sites
+from llm_fp4.pipeline.reconstructing import reconstruct
+from llm_fp4.pipeline.sites import Decided, split_sites
+from llm_fp4.pipeline.steps import BlockSteps
 from llm_fp4.pipeline.units.embeddings import place_embeddings
 from llm_fp4.pipeline.units.outer import bridge
 from llm_fp4.pipeline.waves import waves
@@ -52,27 +54,35 @@ def _quantize(work: Workspace, name: str, plans: dict[str, Any]) -> None:
     if not work.sequential:
         _save_outputs(work, name)
     attention = AttentionSites(block, name, recipe, selected, run, batches, work.gradients)
-    decided = []
+    rebuilt = recipe.search.reconstruction == "block"
+    steps = BlockSteps(work.runner, name, work.mask) if selected and (rebuilt or recipe.transforms.learned) else None
+    decided: list[Decided] = []
+    replaced: list[Decided] = []  # kept where their float weights are wanted again
     lists = expert_lists(work.model)
     rare = [n for n in selected if n.rpartition(".")[0] in lists]
     later = (partial(run, i) for i in range(1, batches))
     groups = split_sites(shared_inputs(selected, lambda: run(0), rare, later), selected, recipe, rare=rare)
     # an expert's input reaches it in no order that a block's output could teach
     common = [g for g in groups if g[0] not in rare]
-    maps = learn_transforms(work.runner, name, common, selected, recipe, work.mask) if recipe.transforms.learned else {}
+    maps = learn_transforms(work.runner, name, common, selected, recipe, steps) if steps and recipe.transforms.learned else {}
     # tokens reach other experts in the float model
     wanted = work.floats.block(name, {g[0]: selected[g[0]] for g in common}) if work.floats is not None else {}
     for wave in waves(groups, rare, recipe):
         attention.decide(wave[0][0], plans, work.sequential)
         decided += work.decide(wave, selected, run, plans, transform=maps.get(wave[0][0]), wanted=wanted.get(wave[0][0]))
         while work.sequential and decided:  # otherwise every site of the block reads what it reads in the float model
-            work.replace(decided.pop())
+            work.replace(site := decided.pop())
+            replaced += [site] if rebuilt else []
     attention.decide(None, plans, work.sequential)
     caches, made = decide_caches(block, name, recipe, run, batches, kept_whole(work.model))
     plans |= {"cache": caches} if caches else {}
     place_caches(made)
     for site in decided:
         work.replace(site)
+    if steps and rebuilt:
+        reconstruct(work.model, name, replaced + decided, steps, recipe, plans)
+        for site in replaced + decided:
+            work.replace(site)
     attention.place()
     if work.sequential:
         _save_outputs(work, name)
