@@ -77,9 +77,9 @@ EXPORT int llm_fp4_float_linear(const void* x, int bfloat16, int64_t tokens, int
 
 // weights with block scales, inputs as they are; `second` may be null
 EXPORT int llm_fp4_block_float_linear(const void* x, int bfloat16, int64_t tokens, int64_t in, const uint8_t* codes, int64_t out,
-                                      const uint8_t* scales, int block_size, int e8m0, const float* second, const float* bias,
+                                      const uint8_t* scales, int block_size, int scale_type, const float* second, const float* bias,
                                       int exponent_bits, int mantissa_bits, float* y, int threads) try {
-  const BlockScales blocks{scales, block_size, e8m0 != 0, second ? *second : 1.0f};
+  const BlockScales blocks{scales, block_size, static_cast<ScaleType>(scale_type), second ? *second : 1.0f};
   const Weight w = make_block_weight(codes, out, in, {exponent_bits, mantissa_bits, true}, blocks);
   float_linear(kernels(), w, x, bfloat16 != 0, tokens, nullptr, bias, y, threads);
   return 0;
@@ -88,15 +88,15 @@ EXPORT int llm_fp4_block_float_linear(const void* x, int bfloat16, int64_t token
 }
 
 // the same of inputs that are quantized block by block as they arrive
-EXPORT int llm_fp4_quantized_block_linear(const void* x, int bfloat16, int64_t tokens, int64_t in, int input_block_size, int input_e8m0,
+EXPORT int llm_fp4_quantized_block_linear(const void* x, int bfloat16, int64_t tokens, int64_t in, int input_block_size, int input_scale_type,
                                           const float* input_second, int input_exponent_bits, int input_mantissa_bits,
-                                          const uint8_t* codes, int64_t out, const uint8_t* scales, int block_size, int e8m0,
+                                          const uint8_t* codes, int64_t out, const uint8_t* scales, int block_size, int scale_type,
                                           const float* second, const float* bias, int exponent_bits, int mantissa_bits, float* y,
                                           int threads) try {
-  const BlockScales blocks{scales, block_size, e8m0 != 0, second ? *second : 1.0f};
+  const BlockScales blocks{scales, block_size, static_cast<ScaleType>(scale_type), second ? *second : 1.0f};
   const Weight w = make_block_weight(codes, out, in, {exponent_bits, mantissa_bits, true}, blocks);
   const Format input{input_exponent_bits, input_mantissa_bits, true};
-  block_linear(kernels(), w, {x, bfloat16 != 0, tokens, input, {nullptr, input_block_size, input_e8m0 != 0, *input_second}}, bias, y,
+  block_linear(kernels(), w, {x, bfloat16 != 0, tokens, input, {nullptr, input_block_size, static_cast<ScaleType>(input_scale_type), *input_second}}, bias, y,
                threads);
   return 0;
 } catch (const std::bad_alloc&) {

@@ -13,7 +13,7 @@ constexpr int64_t kRowsOfAPass = 512;
 BlockQuantizer quantizer_of(const BlockInput& call, int64_t in) {
   const Format& f = call.format;
   const float step = f.standard_step(), largest = static_cast<float>(f.max_level()) * step;
-  return {in, call.blocks.block_size, call.blocks.e8m0, call.blocks.second, step, largest, std::ilogb(largest), f.mantissa_bits,
+  return {in, call.blocks.block_size, call.blocks.type == ScaleType::kE8m0, call.blocks.second, step, largest, std::ilogb(largest), f.mantissa_bits,
           static_cast<float>(f.max_level()), call.bfloat16};
 }
 

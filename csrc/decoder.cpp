@@ -62,12 +62,12 @@ void site_linear(const Kernels& k, const Norm* norm, const Site& site, const flo
   }
   for (const Operand* o = site.operands; o < site.operands + site.count; ++o) {
     const Format weight{static_cast<int>(o->exponent_bits), static_cast<int>(o->mantissa_bits), true};
-    const BlockScales scales{o->block_scales, static_cast<int>(o->block_size), o->e8m0 != 0, o->second ? *o->second : 1.0f};
+    const BlockScales scales{o->block_scales, static_cast<int>(o->block_size), static_cast<ScaleType>(o->scale_type), o->second ? *o->second : 1.0f};
     const Weight w = o->block_scales ? make_block_weight(o->codes, o->out, site.in, weight, scales)
                                      : make_weight(o->codes, o->out, site.in, weight);
     const int some = w.row_bytes * w.out < 1 << 15 ? 1 : threads;
     if (blocks) {
-      const BlockScales of_input{nullptr, static_cast<int>(site.block_size), site.e8m0 != 0, *site.scale};
+      const BlockScales of_input{nullptr, static_cast<int>(site.block_size), static_cast<ScaleType>(site.scale_type), *site.scale};
       block_linear(k, w, {x, false, 1, format, of_input}, o->bias, y, some);
     } else if (site.scale) {
       int_linear(k, w, {levels, wide, 1, &step, 0, o->scale, o->bias, y}, some);

@@ -16,7 +16,7 @@ struct Operand {
   const float* bias;  // or null
   int64_t out, exponent_bits, mantissa_bits;
   const uint8_t* block_scales;  // or null: `scale` is of rows
-  int64_t block_size, e8m0;
+  int64_t block_size, scale_type;  // 0: E4M3, 1: E8M0, 2: float16
   const float* second;  // over the block scales, or null
 };
 
@@ -28,7 +28,7 @@ struct Site {
   const float* smooth;
   int64_t exponent_bits, mantissa_bits, is_signed, max_shift, per_token, hadamard, count;
   const Operand* operands;
-  int64_t block_size, e8m0;  // 0, or the input is quantized block by block and `scale` lies over the blocks' scales
+  int64_t block_size, scale_type;  // 0, or the input is quantized block by block and `scale` lies over the blocks' scales
 };
 
 struct Block {

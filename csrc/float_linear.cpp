@@ -120,7 +120,8 @@ void float_linear(const Kernels& k, const Weight& w, const void* x, bool bfloat1
   const Call call{x, bfloat16, scale, bias, y};
   for (int64_t first = 0; first < tokens; first += kRowsOfAPass) {
     const int64_t some = std::min(kRowsOfAPass, tokens - first);
-    const bool pairs = bfloat16 && k.bfloat16_product && w.in % 2 == 0;
+    const bool exact = !w.scales || w.scale_type != ScaleType::kFloat16;  // levels times scales, in bfloat16
+    const bool pairs = bfloat16 && exact && k.bfloat16_product && w.in % 2 == 0;
     const bool few = some <= (pairs ? kPairRowsOfAStream : kRowsOfAStream) || !k.float_product || w.in == 0;
     if (few) {
       stream(k, w, call, first, some, threads);

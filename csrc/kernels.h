@@ -40,6 +40,9 @@ struct BlockQuantizer {
   bool bfloat16;
 };
 
+// How a block's scale is stored.
+enum class ScaleType { kE4m3, kE8m0, kFloat16 };
+
 // Packed rows of 4-bit codes (low nibble first) or 8-bit sign-magnitude codes.
 struct Weight {
   const uint8_t* codes;
@@ -48,10 +51,10 @@ struct Weight {
   int offset;         // what makes every level unsigned
   uint8_t table[16];  // level + offset of each 4-bit code
   float levels[16];   // level of each 4-bit code
-  const uint8_t* scales;  // (out, blocks) E4M3 or E8M0 of blocks of columns, or null
+  const uint8_t* scales;  // (out, blocks) of blocks of columns, one or two bytes each, or null
   int64_t blocks;         // of a row
   int block_size;         // 8, 16, 32, 64 or 128
-  bool e8m0;
+  ScaleType scale_type;
   float unit;  // what a product of levels and block scales is multiplied with; 1 where there are none
 };
 

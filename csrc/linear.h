@@ -32,11 +32,11 @@ struct LinearCall {
   float* y;
 };
 
-// Scales of blocks of columns, E4M3 or E8M0, and the scale over them.
+// Scales of blocks of columns and the scale over them; those of an input are E4M3 or E8M0.
 struct BlockScales {
   const uint8_t* data;
   int block_size;
-  bool e8m0;
+  ScaleType type;
   float second;
 };
 

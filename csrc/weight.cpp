@@ -24,8 +24,8 @@ Weight make_block_weight(const uint8_t* codes, int64_t out, int64_t in, Format f
   w.scales = scales.data;
   w.block_size = scales.block_size;
   w.blocks = (in + scales.block_size - 1) / scales.block_size;
-  w.e8m0 = scales.e8m0;
-  w.unit = format.standard_step() * scales.second * (scales.e8m0 ? 1.0f : 256.0f);  // E4M3 comes without 2^8
+  w.scale_type = scales.type;
+  w.unit = format.standard_step() * scales.second * (scales.type == ScaleType::kE4m3 ? 256.0f : 1.0f);  // E4M3 comes without 2^8
   return w;
 }
 

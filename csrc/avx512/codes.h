@@ -37,13 +37,18 @@ struct LaneScales {
     alignas(16) uint8_t place[16];
     for (int lane = 0; lane < 16; ++lane) place[lane] = static_cast<uint8_t>(w.scales ? lane * kLane / w.block_size : 0);
     places = _mm_load_si128(reinterpret_cast<const __m128i*>(place));
+    wide_places = _mm512_cvtepu8_epi32(places);
   }
 
   __m512 of_run(const Weight& w, int64_t out, int64_t run) const {
     const int64_t at = run * of_a_run, left = w.blocks - at < of_a_run ? w.blocks - at : of_a_run;
     const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1);
+    if (w.scale_type == ScaleType::kFloat16) {
+      const __m256i halves = _mm256_maskz_loadu_epi16(mask, w.scales + 2 * (out * w.blocks + at));
+      return _mm512_permutexvar_ps(wide_places, _mm512_cvtph_ps(halves));
+    }
     const __m128i stored = _mm_shuffle_epi8(_mm_maskz_loadu_epi8(mask, w.scales + out * w.blocks + at), places);
-    if (w.e8m0) {
+    if (w.scale_type == ScaleType::kE8m0) {
       const __m512i code = _mm512_cvtepu8_epi32(stored);
       const __m512i bits = _mm512_max_epu32(_mm512_slli_epi32(code, 23), _mm512_set1_epi32(0x400000));  // code 0: 2^-127
       const __mmask16 none = _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(255));
@@ -58,6 +63,7 @@ struct LaneScales {
 
   int64_t of_a_run;
   __m128i places;
+  __m512i wide_places;
 };
 
 }  // namespace

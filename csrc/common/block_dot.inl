@@ -6,8 +6,15 @@ namespace {
 
 // The scale of a row's column; E4M3 without its factor 2^8, as the vector kernels leave it to the end.
 inline float block_scale(const Weight& w, int64_t out, int64_t column) {
-  const int code = w.scales[out * w.blocks + column / w.block_size];
-  if (w.e8m0) return code == 255 ? NAN : std::ldexp(1.0f, code - 127);
+  const int64_t at = out * w.blocks + column / w.block_size;
+  if (w.scale_type == ScaleType::kFloat16) {
+    const int half = w.scales[2 * at] | w.scales[2 * at + 1] << 8, field = half >> 10 & 31, fraction = half & 1023;
+    const float magnitude = field == 31 ? (fraction ? NAN : INFINITY)
+                                        : std::ldexp(static_cast<float>(field ? 1024 + fraction : fraction), (field ? field : 1) - 25);
+    return half & 0x8000 ? -magnitude : magnitude;
+  }
+  const int code = w.scales[at];
+  if (w.scale_type == ScaleType::kE8m0) return code == 255 ? NAN : std::ldexp(1.0f, code - 127);
   const int field = code >> 3 & 15, fraction = code & 7;
   if ((code & 127) == 127) return NAN;
   const float magnitude = std::ldexp(static_cast<float>(field ? 8 + fraction : fraction), (field ? field - 1 : 0) - 9 - 8);

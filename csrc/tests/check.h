@@ -58,6 +58,7 @@ inline int level_of_code(int code, const Format& f) {
 }
 
 void test_blocks(const Kernels&);
+void test_half_scales(const Kernels&);
 void test_decoder(const Kernels&);
 // norms and Hadamard transforms, which no instruction set has for itself
 void test_rows();

@@ -30,7 +30,7 @@ float nearest_e4m3(float v) {
 
 float scale_of(float top, const Format& f, const BlockScales& blocks) {
   const float largest = static_cast<float>(f.max_level()) * f.standard_step();
-  if (!blocks.e8m0) return nearest_e4m3(top / blocks.second / largest);
+  if (blocks.type == ScaleType::kE4m3) return nearest_e4m3(top / blocks.second / largest);
   if (top == 0.0f || std::isnan(top)) return top == 0.0f ? 1.0f : top;
   int exponent = 0;
   const float fraction = std::isinf(top) ? INFINITY : std::frexp(top, &exponent);
@@ -64,9 +64,9 @@ void test_blocks(const Kernels& k) {
     half[i] = static_cast<uint16_t>(bits >> 16);
     if (bfloat16) bits &= 0xFFFF0000u, std::memcpy(&x[i], &bits, 4);
   }
-  const Weight w = make_block_weight(codes.data(), out, in, f, {scales.data(), size, e8m0, second});
+  const Weight w = make_block_weight(codes.data(), out, in, f, {scales.data(), size, e8m0 ? ScaleType::kE8m0 : ScaleType::kE4m3, second});
   const BlockInput call{bfloat16 ? static_cast<const void*>(half.data()) : x.data(), bfloat16, tokens, input,
-                        {nullptr, input_size, input_e8m0, input_second}};
+                        {nullptr, input_size, input_e8m0 ? ScaleType::kE8m0 : ScaleType::kE4m3, input_second}};
   const float* added = with_bias ? bias.data() : nullptr;
   const int threads = 1 + below(3);
   block_linear(k, w, call, added, y.data(), threads);
@@ -113,6 +113,50 @@ void test_blocks(const Kernels& k) {
   expect(same, k.name, "block_linear beside the scalar one", tokens, in, out);
   expect(close, k.name, "block_linear", tokens, in, out);
   expect(float_close, k.name, "float_linear with block scales", tokens, in, out);
+}
+
+void test_half_scales(const Kernels& k) {
+  const Format formats[] = {{1, 2, true}, {2, 1, true}, {3, 0, true}};
+  const Format f = formats[below(3)];
+  const int size = 8 << below(5);
+  const bool bfloat16 = below(2), wild = below(4) == 0;
+  const int64_t tokens = below(4) ? below(10) : 20 + below(30), in = below(700), out = below(150), row_bytes = (in + 1) / 2;
+  const int64_t blocks = (in + size - 1) / size;
+  std::vector<uint8_t> codes(out * row_bytes), scales(2 * out * blocks);  // exactly as long as the kernels may read
+  std::vector<float> x(tokens * in), y(tokens * out);
+  std::vector<uint16_t> half(tokens * in);
+  for (auto& c : codes) c = static_cast<uint8_t>(below(256));
+  for (size_t i = 0; i < scales.size() / 2; ++i) {
+    const int bits = below(wild ? 0x10000 : 0x7C00);  // of all finite positive ones, subnormals too; or infinity and NaN as well
+    scales[2 * i] = static_cast<uint8_t>(bits & 255), scales[2 * i + 1] = static_cast<uint8_t>(bits >> 8);
+  }
+  for (size_t i = 0; i < x.size(); ++i) {
+    uint32_t bits;
+    x[i] = normal();
+    std::memcpy(&bits, &x[i], 4);
+    half[i] = static_cast<uint16_t>(bits >> 16);
+    if (bfloat16) bits &= 0xFFFF0000u, std::memcpy(&x[i], &bits, 4);
+  }
+  const Weight w = make_block_weight(codes.data(), out, in, f, {scales.data(), size, ScaleType::kFloat16, 1.0f});
+  float_linear(k, w, bfloat16 ? static_cast<const void*>(half.data()) : x.data(), bfloat16, tokens, nullptr, nullptr, y.data(), 1 + below(3));
+  bool close = true;
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t o = 0; o < out; ++o) {
+      double sum = 0.0, magnitude = 0.0;
+      for (int64_t j = 0; j < in; ++j) {
+        const int64_t at = 2 * (o * blocks + j / size);
+        const int bits = scales[at] | scales[at + 1] << 8, field = bits >> 10 & 31, fraction = bits & 1023;
+        double scale = field ? std::ldexp(1024.0 + fraction, field - 25) : std::ldexp(1.0 * fraction, -24);
+        if (field == 31) scale = fraction ? NAN : INFINITY;
+        const double part = double{x[t * in + j]} * level_of_code(codes[o * row_bytes + j / 2] >> (4 * (j % 2)) & 15, f) *
+                            (bits & 0x8000 ? -scale : scale) * f.standard_step();
+        sum += part, magnitude += std::fabs(part);
+      }
+      const float got = y[t * out + o];
+      close &= std::isfinite(sum) ? std::fabs(got - sum) <= (in / 4 + 48) * 0x1p-24 * magnitude + 1e-37 : !std::isfinite(got);
+    }
+  }
+  expect(close, k.name, "float_linear with float16 scales", tokens, in, out);
 }
 
 }  // namespace llm_fp4

@@ -59,13 +59,13 @@ struct Layer {
       block_scales[i].resize(outs[i] * ((in + block_size - 1) / block_size));
       for (auto& s : block_scales[i]) s = static_cast<uint8_t>(e8m0 ? 119 + below(4) : below(60));
       operands[i] = {codes[i].data(), scale[i].data(), below(2) ? bias[i].data() : nullptr, outs[i], f.exponent_bits, f.mantissa_bits,
-                     blocks ? block_scales[i].data() : nullptr, block_size, e8m0, e8m0 ? nullptr : &second};
+                     blocks ? block_scales[i].data() : nullptr, block_size, e8m0 ? 1 : 0, e8m0 ? nullptr : &second};
     }
     const Format input = formats[below(3)];
     const int max_shift = below(4);
     for (int64_t j = 0; j < in; ++j) shift.push_back(static_cast<uint8_t>(below(max_shift + 1)));
     site = {in, quantized ? &step : nullptr, shift.data(), nullptr, input.exponent_bits, input.mantissa_bits, 1, max_shift, below(2),
-            below(2), static_cast<int64_t>(outs.size()), operands, blocks ? block_size : 0, e8m0};
+            below(2), static_cast<int64_t>(outs.size()), operands, blocks ? block_size : 0, e8m0 ? 1 : 0};
     if (blocks && e8m0) step = 1.0f;  // nothing lies over powers of two
   }
 

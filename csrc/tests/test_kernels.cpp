@@ -135,6 +135,7 @@ int main(int count, char** arguments) {
       test_quantize(*k);
       test_linear(*k);
       test_blocks(*k);
+      test_half_scales(*k);
       test_decoder(*k);
     }
     std::printf("%s: %d rounds\n", k->name, rounds);

@@ -30,6 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 PLAIN = {"search": {"rounds": 1}}
 NVFP4 = {"formats": ["e2m1"], "granularity": "per_block", "block_size": 16, "scale_dtype": "e4m3"}
+Q4_0 = {"formats": ["e1m2"], "granularity": "per_block", "block_size": 32, "scale_dtype": "float16"}
 MXFP4 = {"formats": ["e2m1"], "granularity": "per_block", "block_size": 32, "scale_dtype": "e8m0"}
 RECIPES: dict[str, dict[str, Any]] = {
     "W4A8": {**PLAIN, "bits": {"embedding": 16, "activation": 8}, "inputs": {"formats": ["e1m6"]}},
@@ -42,6 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "NVFP4": {**PLAIN, "ignore": ["lm_head"], "weights": NVFP4, "inputs": {**NVFP4, "shift": False}},
     "MXFP4": {**PLAIN, "ignore": ["lm_head"], "weights": MXFP4, "inputs": {**MXFP4, "shift": False}},
     "NVFP4 weight only": {**PLAIN, "bits": {"activation": 16}, "ignore": ["lm_head"], "weights": NVFP4},
+    "Q4_0": {**PLAIN, "bits": {"activation": 16}, "ignore": ["lm_head"], "weights": Q4_0},
 }
 
 

@@ -33,7 +33,10 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
 def random_weight(out: int, width: int, fmt: FloatFormat, blocks: PerBlock) -> QuantizedTensor:
     codes = pack(torch.randint(0, 2**fmt.bits, (out, width), dtype=torch.uint8), fmt.bits)
     low, high = (1, 127) if blocks.two_level else (115, 135)
-    scales = torch.randint(low, high, blocks.shape(out, width), dtype=torch.uint8).view(blocks.torch_dtype)
+    if blocks.scale_dtype == "float16":  # subnormals among them
+        scales = (torch.rand(blocks.shape(out, width)) * torch.logspace(-7, 0, max(out, 1))[:out, None]).half()
+    else:
+        scales = torch.randint(low, high, blocks.shape(out, width), dtype=torch.uint8).view(blocks.torch_dtype)
     return QuantizedTensor(codes, scales, fmt, blocks, (out, width), torch.tensor(2.0**-7) if blocks.two_level else None)
 
 
@@ -84,7 +87,10 @@ def test_quantized_products_are_as_good_as_plain_ones(kernel: str, name: str, bl
         check_error(got, block_linear_reference(values, *weight_arguments(w, bias)), values, doubled(w), bias)
 
 
-@pytest.mark.parametrize("blocks", BLOCKS, ids=lambda b: b.name)
+HALVES = (PerBlock(32, "float16"), PerBlock(8, "float16"), PerBlock(128, "float16"))
+
+
+@pytest.mark.parametrize("blocks", [*BLOCKS, *HALVES], ids=lambda b: b.name)
 def test_float_inputs(kernel: str, blocks: PerBlock) -> None:
     torch.manual_seed(4)
     for (tokens, width, out), dtype in product(SHAPES, (torch.float32, torch.bfloat16)):

@@ -12,22 +12,24 @@ from llm_fp4.numerics.packing import packed_width
 from llm_fp4.plan import LIMB
 
 _SIZES = (8, 16, 32, 64, 128)  # whole sums of a run of columns
-_SCALES = ("e4m3", "e8m0")
+SCALE_TYPES = ("e4m3", "e8m0", "float16")  # by their numbers in csrc/kernels.h
 
 
-def covered_blocks(size: int, kind: str) -> bool:
-    """Return whether the kernels read scales of such blocks."""
-    return size in _SIZES and kind in _SCALES
+def covered_blocks(size: int, kind: str, alone: bool = False) -> bool:
+    """Return whether the kernels read scales of such blocks, of weights ``alone`` or of weights and inputs."""
+    return size in _SIZES and kind in (SCALE_TYPES if alone else SCALE_TYPES[:2])
 
 
 def _covered(
-    width: int, packed: Tensor, scale: Tensor, second: Tensor | None, bias: Tensor | None, size: int, kind: str, bits: int
-) -> bool:
-    """Return whether the kernels read such a weight: 4-bit codes, one-byte scales of blocks that are whole sums."""
+    width: int, packed: Tensor, scale: Tensor, second: Tensor | None, bias: Tensor | None, size: int, kind: str, bits: int,
+    alone: bool,
+) -> bool:  # fmt: skip
+    """Return whether the kernels read such a weight: 4-bit codes, scales of blocks that are whole sums."""
     out = len(packed)
+    stored = torch.float16 if kind == "float16" else torch.uint8
     return (
-        bits == 4 and covered_blocks(size, kind) and ready(packed, torch.uint8, out * packed_width(width, bits))
-        and ready(scale, torch.uint8, out * -(-width // size))
+        bits == 4 and covered_blocks(size, kind, alone) and ready(packed, torch.uint8, out * packed_width(width, bits))
+        and ready(scale, stored, out * -(-width // size))
         and ready(second, torch.float32, 1) and ready(bias, torch.float32, out)
     )  # fmt: skip
 
@@ -41,7 +43,7 @@ def block_linear(
     library = selected()
     bits = 1 + exponent_bits + mantissa_bits
     tokens, width = x.shape
-    covered = _covered(width, weight_packed, weight_scale, second, bias, block_size, scale_dtype, bits)
+    covered = _covered(width, weight_packed, weight_scale, second, bias, block_size, scale_dtype, bits, alone=True)
     if library is None or not covered:
         return blocks.block_linear_reference(
             x, weight_packed, weight_scale, second, bias, block_size, scale_dtype, exponent_bits, mantissa_bits
@@ -51,7 +53,7 @@ def block_linear(
     check(
         library.llm_fp4_block_float_linear(
             x.data_ptr(), x.dtype == torch.bfloat16, tokens, width, weight_packed.data_ptr(), len(weight_packed), weight_scale.data_ptr(), block_size,
-            scale_dtype == "e8m0", address(second), address(bias), exponent_bits, mantissa_bits, y.data_ptr(),
+            SCALE_TYPES.index(scale_dtype), address(second), address(bias), exponent_bits, mantissa_bits, y.data_ptr(),
             threads(tokens * weight_packed.numel()),
         )
     )  # fmt: skip
@@ -72,7 +74,7 @@ def quantized_block_linear(
     library = selected()
     tokens, width = x.shape
     covered = (
-        _covered(width, weight_packed, weight_scale, second, bias, block_size, scale_dtype, 1 + exponent_bits + mantissa_bits)
+        _covered(width, weight_packed, weight_scale, second, bias, block_size, scale_dtype, 1 + exponent_bits + mantissa_bits, alone=False)
         and covered_blocks(input_block_size, input_scale_dtype) and ready(input_second, torch.float32, 1)
         and max_level(input_exponent_bits, input_mantissa_bits, True) <= LIMB
     )  # fmt: skip
@@ -85,9 +87,9 @@ def quantized_block_linear(
     y = torch.empty((tokens, len(weight_packed)), dtype=torch.float32)
     check(
         library.llm_fp4_quantized_block_linear(
-            x.data_ptr(), x.dtype == torch.bfloat16, tokens, width, input_block_size, input_scale_dtype == "e8m0",
+            x.data_ptr(), x.dtype == torch.bfloat16, tokens, width, input_block_size, SCALE_TYPES.index(input_scale_dtype),
             input_second.data_ptr(), input_exponent_bits, input_mantissa_bits, weight_packed.data_ptr(), len(weight_packed),
-            weight_scale.data_ptr(), block_size, scale_dtype == "e8m0", address(second), address(bias), exponent_bits,
+            weight_scale.data_ptr(), block_size, SCALE_TYPES.index(scale_dtype), address(second), address(bias), exponent_bits,
             mantissa_bits, y.data_ptr(), threads(tokens * weight_packed.numel()),
         )
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.kernels.compiled import selected
-from llm_fp4.kernels.cpu_blocks import covered_blocks
+from llm_fp4.kernels.cpu_blocks import SCALE_TYPES, covered_blocks
 from llm_fp4.numerics import FloatFormat, PerBlock, QuantizedTensor, scale_bytes
 from llm_fp4.plan import LIMB, InputSpec
 
@@ -27,7 +27,7 @@ class Operand(Structure):
 
     _fields_ = [
         ("codes", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("out", c_int64), ("exponent_bits", c_int64),
-        ("mantissa_bits", c_int64), ("block_scales", c_void_p), ("block_size", c_int64), ("e8m0", c_int64), ("second", c_void_p),
+        ("mantissa_bits", c_int64), ("block_scales", c_void_p), ("block_size", c_int64), ("scale_type", c_int64), ("second", c_void_p),
     ]  # fmt: skip
 
 
@@ -38,7 +38,7 @@ class Site(Structure):
         ("columns", c_int64), ("scale", c_void_p), ("shift", c_void_p), ("smooth", c_void_p), ("exponent_bits", c_int64),
         ("mantissa_bits", c_int64), ("signed", c_int64), ("max_shift", c_int64), ("per_token", c_int64), ("hadamard", c_int64),
         ("count", c_int64),
-        ("operands", POINTER(Operand)), ("block_size", c_int64), ("e8m0", c_int64),
+        ("operands", POINTER(Operand)), ("block_size", c_int64), ("scale_type", c_int64),
     ]  # fmt: skip
 
 
@@ -77,8 +77,9 @@ class Pinned:
         numbers = (biases, len(weight.packed), f.exponent_bits, f.mantissa_bits)
         if not isinstance(blocks, PerBlock):
             return Operand(codes, self.address(weight.scale, torch.float32), *numbers)
-        stored, second = self.address(scale_bytes(weight.scale), torch.uint8), self.address(weight.second_scale, torch.float32)
-        return Operand(codes, None, *numbers, stored, blocks.block_size, int(blocks.scale_dtype == "e8m0"), second)
+        scales, second = scale_bytes(weight.scale), self.address(weight.second_scale, torch.float32)
+        kind = SCALE_TYPES.index(blocks.scale_dtype)
+        return Operand(codes, None, *numbers, self.address(scales, scales.dtype), blocks.block_size, kind, second)
 
     def site(
         self, columns: int, spec: InputSpec | None, scale: Tensor | None, shift: Tensor | None, smooth: Tensor | None,
@@ -94,7 +95,7 @@ class Pinned:
             columns, self.address(scale, torch.float32), self.address(shift, torch.uint8), self.address(smooth, torch.float32),
             f.exponent_bits, f.mantissa_bits, int(f.signed), spec.max_shift, int(spec.granularity == "per_token"),
             int(spec.transform == "hadamard"), len(operands), array, spec.blocks.block_size if spec.blocks else 0,
-            int(spec.blocks is not None and spec.blocks.scale_dtype == "e8m0"),
+            SCALE_TYPES.index(spec.blocks.scale_dtype) if spec.blocks else 0,
         )  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def available() -> bool:
 
 def covers_blocks(fmt: FloatFormat, weight: PerBlock | None, spec: InputSpec | None) -> bool:
     """Return whether the kernels multiply weights with such block scales by inputs of ``spec``, float ones where it is None."""
-    if weight is None or not covered_blocks(weight.block_size, weight.scale_dtype) or fmt.bits != 4:
+    if weight is None or not covered_blocks(weight.block_size, weight.scale_dtype, spec is None) or fmt.bits != 4:
         return False
     source = None if spec is None else spec.blocks
     if spec is None:
