@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llm_fp4 import ranks
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.models import Batch, Structure, WeightSource, find_structure, kept_whole, separate_experts
+from llm_fp4.nn import patch_embeddings, separate_patches
 from llm_fp4.pipeline.prefix import check_prefix
 from llm_fp4.recipe import FLOAT_BITS, Recipe, matches
 
@@ -23,7 +24,7 @@ _BATCH_TOKENS = 2048
 def checked_structure(model: nn.Module, recipe: Recipe, source: WeightSource | None = None) -> Structure:
     """Return the structure of ``model`` once the recipe is known to fit it, before anything is loaded.
 
-    Experts in one tensor are taken apart first, see :func:`llm_fp4.models.separate_experts`.
+    Experts in one tensor are taken apart first, see :func:`llm_fp4.models.separate_experts`, and patch embeddings become linears.
 
     Args:
         source: of the model's weights; None where they are in memory.
@@ -31,6 +32,11 @@ def checked_structure(model: nn.Module, recipe: Recipe, source: WeightSource | N
         UnsupportedError: no blocks, nothing selected, or a layer asked for by name that cannot be quantized. RecipeError: a pattern that matches nothing.
     """
     whole = separate_experts(model, source, recipe.selects)
+    possible = [f"{n}.patches" for n in patch_embeddings(model)] if recipe.patches else []
+    for name in separate_patches(model, recipe.selects) if recipe.patches else ():
+        for own in ("weight", "bias"):
+            if source is not None:
+                source.part(f"{name}.patches.{own}", f"{name}.{own}", None, False)
     structure = find_structure(model)
     if recipe.transforms.rotation != "none":  # the head takes over the last norm's gain, the embedding does not
         structure = replace(structure, tied={})
@@ -41,7 +47,7 @@ def checked_structure(model: nn.Module, recipe: Recipe, source: WeightSource | N
     _check_cache(model, recipe)
     if recipe.inputs.sinks == "prefix":
         check_prefix(model, structure)
-    recipe.check_patterns([*structure.names(), *structure.others, *structure.floats, *whole])
+    recipe.check_patterns([*structure.names(), *structure.others, *structure.floats, *whole, *possible])
     for pattern in recipe.targets:
         named = [n for n in structure.floats if matches(pattern, n)]
         if named and not any(matches(pattern, n) for n in structure.names()):

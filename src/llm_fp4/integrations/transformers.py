@@ -24,6 +24,7 @@ from llm_fp4.nn import (
     fused_experts,
     place_prefix,
     replace_module,
+    separate_patches,
     share_inputs,
     share_weight,
     take_apart,
@@ -86,6 +87,7 @@ def install(model: nn.Module, manifest: Manifest) -> None:
     for name, module, own in list(fused_experts(model)):
         if f"{name}.{own}" in wholes:
             take_apart(module, own)
+    separate_patches(model, manifest.__contains__)
     forget_wholes(model)
     for name, entry in manifest.items():
         replace_module(model, name, entry.format, entry.input, entry.shape, entry.multiplier, entry.blocks, entry.added_bias)

@@ -39,8 +39,9 @@ class WeightSource(Protocol):
         """Return the stored tensor over its mapped file, or None where it is in memory anyway."""
         ...
 
-    def part(self, name: str, stored: str, index: int, transposed: bool) -> None:
-        """Note that the tensor ``name`` is the matrix ``index`` of the tensor ``stored``, or its transpose."""
+    def part(self, name: str, stored: str, index: int | None, transposed: bool) -> None:
+        """Note that the tensor ``name`` is the matrix ``index`` of the tensor ``stored``, or its transpose; of no index, all of it, its
+        last axes flattened."""
         ...
 
 
@@ -63,7 +64,7 @@ class InMemory:
     def table(self, name: str) -> Tensor | None:
         return None
 
-    def part(self, name: str, stored: str, index: int, transposed: bool) -> None:
+    def part(self, name: str, stored: str, index: int | None, transposed: bool) -> None:
         self._dtypes[name] = self.dtype(stored)
 
 
@@ -73,7 +74,7 @@ class LazyFiles:
     def __init__(self, files: TensorFiles, renames: dict[str, str] | None = None) -> None:
         self.files = files
         self._renames = renames or {}  # name in the model → name in the files (tied weights)
-        self._parts: dict[str, tuple[str, int, bool]] = {}  # name in the model → stored tensor, index, whether transposed
+        self._parts: dict[str, tuple[str, int | None, bool]] = {}  # name in the model → stored tensor, index, whether transposed
 
     def check(self, model: nn.Module) -> None:
         """Check every tensor of ``model`` against the files' headers, so that a run does not stop in the middle.
@@ -118,6 +119,7 @@ class LazyFiles:
         whole, index, transposed = self._parts.get(full, (self._renames.get(full, full), None, False))
         value = self.files.get(whole)
         value = value if index is None else value[index]
+        value = value.flatten(1) if index is None and full in self._parts and value.dim() > 2 else value
         value = value.t() if transposed else value
         self._check(full, tuple(value.shape), shape, value.dtype)
         return value
@@ -133,7 +135,7 @@ class LazyFiles:
     def dtype(self, name: str) -> torch.dtype:
         return self.files.dtype(self._parts[name][0] if name in self._parts else self._renames.get(name, name))
 
-    def part(self, name: str, stored: str, index: int, transposed: bool) -> None:
+    def part(self, name: str, stored: str, index: int | None, transposed: bool) -> None:
         self._parts[name] = (self._renames.get(stored, stored), index, transposed)
 
     def table(self, name: str) -> Tensor | None:

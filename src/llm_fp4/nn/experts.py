@@ -84,22 +84,14 @@ def take_apart(module: nn.Module, own: str) -> ExpertList:
     return experts
 
 
-def put_together(model: nn.Module) -> None:
-    """Undo :func:`take_apart` everywhere; the parameters are those that were there."""
-    for module in list(model.modules()):
-        for own, child in list(module.named_children()):
-            if isinstance(child, ExpertList) and child.whole is not None:
-                del module._modules[own]
-                module.register_parameter(own, child.whole)
-                if child.before != _PLAIN:
-                    cast(Any, module.config)._experts_implementation = child.before
-
-
-def forget_wholes(model: nn.Module) -> None:
-    """Let the parameters go from which linears were made: their memory is only wanted to undo."""
-    for module in model.modules():
-        if isinstance(module, ExpertList):
-            object.__setattr__(module, "whole", None)
+def join_experts(module: nn.Module, own: str, experts: ExpertList) -> None:
+    """Undo :func:`take_apart` of a parameter whose linears are not quantized yet."""
+    if experts.whole is None:
+        return
+    del module._modules[own]
+    module.register_parameter(own, experts.whole)
+    if experts.before != _PLAIN:
+        cast(Any, module.config)._experts_implementation = experts.before
 
 
 def expert_lists(model: nn.Module) -> dict[str, ExpertList]:

@@ -50,7 +50,7 @@ class RotatedSource:
     def table(self, name: str) -> Tensor | None:
         return None  # the stored one is not rotated
 
-    def part(self, name: str, stored: str, index: int, transposed: bool) -> None:
+    def part(self, name: str, stored: str, index: int | None, transposed: bool) -> None:
         self._source.part(name, stored, index, transposed)
 
 

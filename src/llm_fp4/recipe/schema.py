@@ -63,7 +63,10 @@ class ModuleRule(Strict):
 
 
 class Recipe(Strict):
-    """The whole wish. ``targets`` and ``ignore`` are names, globs or "re:" patterns of modules."""
+    """The whole wish. ``targets`` and ``ignore`` are names, globs or "re:" patterns of modules.
+
+    ``patches``: convolutions that read patches side by side (patch embeddings) are linears over patches, called ``NAME.patches``.
+    """
 
     name: str = "custom"
     method: Literal["fpq", "fpq-baseline", "minmax", "smoothquant"] = "fpq"
@@ -77,6 +80,7 @@ class Recipe(Strict):
     calibration: Calibration = Calibration()
     targets: list[str] = Field(default=["*"])
     ignore: list[str] = Field(default=[])
+    patches: bool = False
     overrides: list[Override] = Field(default=[])
     budget: Budget | None = None
     seed: int = 0
