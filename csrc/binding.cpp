@@ -13,7 +13,7 @@
 using namespace llm_fp4;
 
 // Raised with every change of an argument list.
-EXPORT int llm_fp4_version() { return 4; }
+EXPORT int llm_fp4_version() { return 5; }
 
 EXPORT int llm_fp4_select(const char* name) { return select(name) ? 1 : 0; }
 

@@ -21,6 +21,7 @@ from llm_fp4.search.shift import shift_limits
 # candidates of a scale in the first round and in later ones, of each format in the race (search.grids.Log2Grid)
 _SWEEP, _REFINE, _AGAIN = 7, 6, 8
 _BLOCK_CANDIDATES, _JOINT_SWEEPS = 10, 2  # search.block_scales
+_COPIES = 10  # of a block's weights, while its rounding is learned (pipeline.reconstructing)
 _GRADIENT = 3  # forward passes that one with gradients costs (pipeline.learning)
 
 
@@ -75,6 +76,10 @@ def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, d
     if recipe.search.reconstruction == "block":
         work += (_GRADIENT * recipe.search.reconstruction_epochs + 2) * inner
     memory = _memory(opened.model, structure, shapes)
+    if recipe.search.reconstruction == "block":
+        first = structure.linears[structure.blocks[0]]
+        states = 2 * tokens * max(shapes[n][1] for n in first[:1])  # what goes into the block, and what is to come out
+        memory = max(memory, 4 * (_COPIES * sum(math.prod(shapes[n]) for n in first) + states))
     if recipe.search.objective == "fisher":
         work += (_GRADIENT - 1) * forward  # inputs alone get a gradient, parameters none
         memory = max(memory, gradient_memory(opened.model, structure, recipe.calibration.length))

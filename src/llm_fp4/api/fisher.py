@@ -16,7 +16,8 @@ from llm_fp4.api.calibrate import whole_float_model
 from llm_fp4.api.prepare import float32_everywhere, route_attention
 from llm_fp4.calibration import Part, loss_of, output_gradients, sequences_sampled
 from llm_fp4.errors import UnsupportedError
-from llm_fp4.models import Batch, FloatModel, InMemory, Structure, weight_shapes
+from llm_fp4.models import Batch, FloatModel, InMemory, Structure, separate_experts, weight_shapes
+from llm_fp4.nn import separate_patches
 from llm_fp4.progress import Progress
 from llm_fp4.recipe import Recipe
 
@@ -53,6 +54,8 @@ def model_gradients(
     whole = opened.model if inside else whole_float_model(
         opened, need, "objective fisher differentiates the float model", "use --objective output"
     )  # fmt: skip
+    separate_experts(whole, None, recipe.selects)  # as those of the model that is quantized are
+    separate_patches(whole, structure.names().__contains__)
     route_attention(whole, recipe)
     with float32_everywhere(whole, device):
         found = gradients_of(whole.to(device), structure, recipe, batches, progress)

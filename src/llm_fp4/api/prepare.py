@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from llm_fp4 import ranks
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.models import Batch, Structure, WeightSource, find_structure, kept_whole, separate_experts
-from llm_fp4.nn import patch_embeddings, separate_patches
+from llm_fp4.nn import patch_embeddings, put_together, separate_patches
 from llm_fp4.pipeline.prefix import check_prefix
 from llm_fp4.recipe import FLOAT_BITS, Recipe, matches
 
@@ -31,9 +32,10 @@ def checked_structure(model: nn.Module, recipe: Recipe, source: WeightSource | N
     Raises:
         UnsupportedError: no blocks, nothing selected, or a layer asked for by name that cannot be quantized. RecipeError: a pattern that matches nothing.
     """
+    put_together(model)
     whole = separate_experts(model, source, recipe.selects)
     possible = [f"{n}.patches" for n in patch_embeddings(model)] if recipe.patches else []
-    for name in separate_patches(model, recipe.selects) if recipe.patches else ():
+    for name in separate_patches(model, partial(_quantizes_patches, recipe)) if recipe.patches else ():
         for own in ("weight", "bias"):
             if source is not None:
                 source.part(f"{name}.patches.{own}", f"{name}.{own}", None, False)
@@ -108,6 +110,10 @@ def _check_budget(recipe: Recipe, structure: Structure, names: list[str]) -> Non
             raise RecipeError(
                 f"budget.average_bits {wanted:g} cannot be met: no choice gives {what} fewer than {min(widths)} bits; raise it or allow other choices"
             )
+
+
+def _quantizes_patches(recipe: Recipe, name: str) -> bool:
+    return recipe.selects(name) and bool(recipe.rule(name, head=True).weight_formats)  # head: outside the blocks
 
 
 def _check_cache(model: nn.Module, recipe: Recipe) -> None:

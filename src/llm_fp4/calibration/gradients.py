@@ -49,7 +49,7 @@ def output_gradients(
         done: told how many parts are done.
     """
     recorder = _Recorder(model, stacks, share)
-    with _no_parameter_gradients(model), torch.enable_grad(), recorder.attached(linears):
+    with no_parameter_gradients(model), torch.enable_grad(), recorder.attached(linears):
         for number, part in enumerate(parts, 1):
             recorder.part = part
             recorder.begin()
@@ -128,7 +128,8 @@ def _when_known(out: Tensor, note: Callable[[Tensor], None]) -> None:
 
 
 @contextmanager
-def _no_parameter_gradients(model: nn.Module) -> Iterator[None]:
+def no_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Let no parameter of ``model`` gather a gradient while the block holds."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     for p in wanted:
         p.requires_grad_(False)

@@ -31,6 +31,7 @@ class FloatWeights:
     def __call__(self, name: str) -> Tensor | None:
         """Return the (rows, columns) float32 weight of a layer, or None where the model has none of that name."""
         own = name if self.names is None else self.names.get(name)
+        own = own.removesuffix(".patches") if own else own  # stored as a convolution
         if own is None:
             return None
         try:
@@ -40,5 +41,5 @@ class FloatWeights:
         stored = self.opened.source.table(f"{own}.weight") if parameter.is_meta else parameter.detach()
         if stored is None:
             return None
-        weight = stored.float()
+        weight = stored.float().flatten(1)
         return weight if self.names is None else rotary_rows(weight, own, self.config.to_dict())

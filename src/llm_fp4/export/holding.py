@@ -59,6 +59,8 @@ def hold_weights(
     Raises:
         UnsupportedError: weights that the target cannot hold, or that are wrong without their input side (smoothed, transformed).
     """
+    if patches := [n for n in manifest if n.rpartition(".")[2] == "patches"]:
+        raise UnsupportedError(f"{target} has a convolution in the place of {some(patches)}; quantize again without patches")
     if refused := [n for n, held in containers.items() if held is None]:
         kinds = ", ".join(sorted({weight_kind(manifest[n]) for n in refused}))
         raise UnsupportedError(f"{target} cannot hold the {kinds} weights of {some(refused)} without rounding them again; {remedy}")

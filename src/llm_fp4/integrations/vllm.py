@@ -75,7 +75,10 @@ class LlmFp4VllmConfig(QuantizationConfig):
             raise UnsupportedError(
                 f"vLLM has no place for the prefix that {next(iter(prefix))} sees; quantize again with inputs.sinks per_token"
             )
-        return cls(read_manifest(config, "config.json"))
+        manifest = read_manifest(config, "config.json")
+        if patches := [n for n in manifest if n.rpartition(".")[2] == "patches"]:
+            raise UnsupportedError(f"vLLM has a convolution in the place of {patches[0]}; quantize again without patches")
+        return cls(manifest)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.manifest = hf_to_vllm_mapper.apply_dict(self.manifest)

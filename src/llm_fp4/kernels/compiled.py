@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from llm_fp4.errors import UnsupportedError
 
-_VERSION = 4  # of the argument lists below; csrc/binding.cpp has the same number
+_VERSION = 5  # of the argument lists below; csrc/binding.cpp has the same number
 _VARIABLE = "LLM_FP4_KERNEL"
 _TORCH = "torch"  # the name that leaves everything to the reference bodies
 

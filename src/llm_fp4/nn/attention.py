@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llm_fp4.nn.kept import KeepsDtypes
-from llm_fp4.numerics import fake_quantize
+from llm_fp4.numerics import FloatFormat, fake_quantize
 from llm_fp4.plan import ATTENTION_INPUTS, AttentionSpec, ProductPlan
 
 CHILD = "attention_products"  # the name of the module that holds the scales, inside the attention module
@@ -66,12 +66,21 @@ class AttentionProducts(KeepsDtypes):
         else:
             return first, second
         scales = (getattr(self, f"{n}_scale") for n in ATTENTION_INPUTS[2 * which : 2 * which + 2])
-        a, b = (fake_quantize(x, s, f).to(x.dtype) for x, s, f in zip((first, second), scales, formats, strict=True))
+        a, b = (_fake_quantize(x, s, f).to(x.dtype) for x, s, f in zip((first, second), scales, formats, strict=True))
         return a, b
 
     def extra_repr(self) -> str:
         spec = self.spec
         return "" if spec is None else ", ".join(f"{n}={f}" for n, f in zip(ATTENTION_INPUTS, spec.formats, strict=True))
+
+
+def _fake_quantize(x: Tensor, scale: Tensor, fmt: FloatFormat) -> Tensor:
+    """Return ``x`` rounded; where gradients are wanted, with that of clipping (see ``transforms.soft_level``)."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return fake_quantize(x, scale, fmt)
+    top = float(fmt.max_level) * scale
+    clipped = torch.minimum(torch.maximum(x.float(), -top if fmt.signed else torch.zeros_like(top)), top)
+    return clipped + (fake_quantize(x.detach(), scale, fmt) - clipped.detach())
 
 
 class _Intercept(TorchFunctionMode):

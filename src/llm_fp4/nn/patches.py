@@ -17,11 +17,15 @@ class PatchLinear(nn.Module):
     """
 
     whole: nn.Module | None
+    _dtype: Tensor
 
     def __init__(self, convolution: nn.modules.conv._ConvNd) -> None:
         super().__init__()
         object.__setattr__(self, "whole", convolution)  # no child of this module
         weight, bias = convolution.weight.detach().flatten(1), convolution.bias
+        self.shape = convolution.weight.shape
+        # follows `.to(dtype)`, for model code that casts its pixels to the type of the weight
+        self.register_buffer("_dtype", torch.zeros((), dtype=weight.dtype, device=weight.device), persistent=False)
         self.size = tuple(convolution.kernel_size)
         self.patches = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device="meta")
         self.patches.weight = nn.Parameter(weight, requires_grad=False)
@@ -30,8 +34,9 @@ class PatchLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(out, in) of the linear, for model code that asks for its type."""
-        return self.patches.weight
+        """Of the convolution's type and shape, which model code asks for; its values are none."""
+        kind = self.patches.weight.dtype if isinstance(self.patches, nn.Linear) else self._dtype.dtype
+        return self._dtype.new_empty(self.shape, dtype=kind)  # a new one each time: transformers initializes it in place
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the (batch, out, …) outputs, one a patch, of (batch, channels, …) ``x``; what fills no patch is left out."""
@@ -46,7 +51,7 @@ class PatchLinear(nn.Module):
 
 
 def patch_embeddings(model: nn.Module) -> list[str]:
-    """Return the names of all convolutions that read patches side by side."""
+    """Return the names of all convolutions that read patches of several values side by side."""
     return [n for n, m in model.named_modules() if _reads_patches(m)]
 
 
@@ -66,12 +71,9 @@ def separate_patches(model: nn.Module, wanted: Callable[[str], bool]) -> list[st
 
 
 def _reads_patches(module: nn.Module) -> bool:
-    """Return whether ``module`` is a convolution that :class:`PatchLinear` can stand for."""
-    return (
-        isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        and tuple(module.kernel_size) == tuple(module.stride)
-        and module.groups == 1
-        and set(module.dilation) == {1}
-        and module.padding in ("valid", (0,) * len(module.kernel_size))
-        and not torch.nn.utils.parametrize.is_parametrized(module)
-    )
+    """Return whether ``module`` is a convolution that :class:`PatchLinear` can stand for; subclasses may compute something else."""
+    if not isinstance(module, nn.modules.conv._ConvNd) or type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return False
+    plain = module.groups == 1 and set(module.dilation) == {1} and module.padding in ("valid", (0,) * len(module.kernel_size))
+    hooked = bool(module._forward_pre_hooks or module._forward_hooks)
+    return plain and not hooked and tuple(module.kernel_size) == tuple(module.stride) and math.prod(module.kernel_size) > 1

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.calibration import inputs_of
+from llm_fp4.calibration import inputs_of, no_parameter_gradients
 from llm_fp4.models import BlockRunner, placed
 from llm_fp4.nn import linear_weight
 from llm_fp4.numerics import FloatFormat
@@ -62,7 +62,7 @@ def learn_transforms(
     with placed(runner.model, soft):
         before = sum(float(steps.loss(step)) for step in steps)
     inputs, soft = made(learned=True)
-    with placed(runner.model, soft), torch.enable_grad():
+    with no_parameter_gradients(steps.block), placed(runner.model, soft), torch.enable_grad():
         after = _descend(steps, inputs, soft, recipe, generator)
     return {s: site.transform() for s, site in inputs.items()} if after < before else {}
 

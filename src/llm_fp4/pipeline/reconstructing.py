@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from llm_fp4 import ranks
+from llm_fp4.calibration import no_parameter_gradients
 from llm_fp4.models import placed
 from llm_fp4.nn import QuantLinear
 from llm_fp4.pipeline.sites import Decided
@@ -22,7 +24,7 @@ from llm_fp4.transforms import SoftRoundedLinear, SoftSite
 
 _SPEED, _SCALE_SPEED = 0.2, 1e-3  # first steps of the logits, and of the scales' logarithms
 _HOT, _COLD = 1.0, 0.02  # temperatures of the first step and of the last
-_JUDGED = 8  # every so manieth step judges and teaches nothing
+_JUDGED = 8  # every so manieth step judges and teaches nothing, where there are as many
 
 
 def reconstruct(
@@ -32,7 +34,8 @@ def reconstruct(
 
     Args:
         model: has the quantized layers of ``sites`` in its block ``name``. steps: made while that block was float.
-        plans: gains the changed decisions and "reconstruction": the relative error on data that taught nothing before and after.
+        plans: gains the changed decisions and "reconstruction": the relative error before and after, on steps that taught nothing where there
+            are enough ("held_back").
     """
     soft, inputs = {}, []
     for site in sites:
@@ -45,24 +48,35 @@ def reconstruct(
             bias = None if layer.bias is None else layer.bias.float()
             soft[n] = SoftRoundedLinear(smoothed, layer.weight, site.result.weights[n], bias, shared)
     taught = list(steps)
-    judged = taught[::_JUDGED] if len(taught) >= 2 * _JUDGED else taught
-    if judged is not taught:
-        taught = [s for i, s in enumerate(taught) if i % _JUDGED]
+    apart = len(taught) >= _JUDGED
+    judged = taught[::_JUDGED] if apart else taught
+    taught = [s for i, s in enumerate(taught) if i % _JUDGED or not apart]
     generator = torch.Generator().manual_seed(recipe.seed ^ zlib.crc32(f"{name} rounding".encode()))
-    with placed(model, soft):
+    with no_parameter_gradients(steps.block), placed(model, soft):
         before = _loss(steps, judged, inputs)
         with torch.enable_grad():
             _descend(steps, taught, soft, inputs, recipe.search.reconstruction_epochs, generator)
         after = _loss(steps, judged, inputs)
+    before, after = _leaders(torch.tensor([before, after], dtype=torch.float64)).tolist()
     if after < before:
         for site, shared in zip(sites, inputs, strict=True):
             site.result.input = shared.learned()
+            if site.result.input is not None:
+                site.result.input.scale = _leaders(site.result.input.scale)
             for n in site.weights:
-                site.result.rounded[n], site.result.weights[n].scale = soft[n].learned()
+                site.result.rounded[n], site.result.weights[n].scale = map(_leaders, soft[n].learned())
             plans["weights"] |= {n: {**plans["weights"][n], **site.result.weights[n].to_json()} for n in site.weights}
             if site.result.input is not None:
                 plans["inputs"][site.result.input.name] = site.result.input.to_json()
-    plans["reconstruction"] = {"before": before, "after": after, "kept": after < before}
+    plans["reconstruction"] = {"before": before, "after": after, "kept": after < before, "held_back": apart}
+
+
+def _leaders(learned: Tensor) -> Tensor:
+    """Return what the first rank learned: on GPUs the order of sums, and with it a level here and there, may differ."""
+    if ranks.alone():
+        return learned
+    flat = learned.contiguous().view(-1)  # of at least one axis
+    return ranks.united(flat.clone() if ranks.leads() else torch.zeros_like(flat)).view(learned.shape)
 
 
 def _loss(steps: BlockSteps, some: Sequence[Step], inputs: Sequence[SoftSite]) -> float:

@@ -92,6 +92,15 @@ class Recipe(Strict):
                 raise ValueError(f"search.objective fisher weighs a search, and method {self.method} has none; use fpq")
             if self.transforms.rotation != "none":
                 raise ValueError("search.objective fisher is not implemented with transforms.rotation; leave one of them out")
+        if self.search.reconstruction != "none":
+            if self.search.objective == "fisher":
+                raise ValueError(
+                    "search.reconstruction learns by the block's output, search.objective fisher by the model's; use one of them"
+                )
+            if self.search.compensation == "gptaq":
+                raise ValueError(
+                    "search.reconstruction makes up for errors inside a block, compensation gptaq for those of blocks before; use gptq"
+                )
         if self.search.compensation == "gptaq" and self.search.propagation == "parallel":
             raise ValueError(
                 "search.compensation gptaq makes up for what earlier layers do to an input, and with propagation parallel they do nothing; use gptq"

@@ -65,7 +65,8 @@ class SoftSite(nn.Module):
         """Return the plan with the scale as it is now."""
         if self.plan is None or self.plan.spec.blocks is not None:
             return self.plan
-        return replace(self.plan, scale=self.plan.scale * torch.exp(self.log_scale.detach()))
+        # what was clipped was counted under the old scale
+        return replace(self.plan, scale=self.plan.scale * torch.exp(self.log_scale.detach()), clipped=None)
 
 
 class SoftRoundedLinear(nn.Module):

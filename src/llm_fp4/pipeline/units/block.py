@@ -65,6 +65,7 @@ def _quantize(work: Workspace, name: str, plans: dict[str, Any]) -> None:
     # an expert's input reaches it in no order that a block's output could teach
     common = [g for g in groups if g[0] not in rare]
     maps = learn_transforms(work.runner, name, common, selected, recipe, steps) if steps and recipe.transforms.learned else {}
+    steps = steps if rebuilt else None
     # tokens reach other experts in the float model
     wanted = work.floats.block(name, {g[0]: selected[g[0]] for g in common}) if work.floats is not None else {}
     for wave in waves(groups, rare, recipe):
@@ -79,11 +80,11 @@ def _quantize(work: Workspace, name: str, plans: dict[str, Any]) -> None:
     place_caches(made)
     for site in decided:
         work.replace(site)
-    if steps and rebuilt:
+    attention.place()
+    if steps:
         reconstruct(work.model, name, replaced + decided, steps, recipe, plans)
         for site in replaced + decided:
             work.replace(site)
-    attention.place()
     if work.sequential:
         _save_outputs(work, name)
 
