@@ -50,7 +50,7 @@ TASKS = {
     "sst2": Task("sst2/train.tsv", "sst2/dev.tsv", "accuracy", 3000, 1, 48, 3e-4),
     "cola": Task("cola/train.tsv", "cola/dev.tsv", "matthews", 8551, 6, 32, 2e-4),
     "mrpc": Task("mrpc/msr_paraphrase_train.txt", "mrpc/msr_paraphrase_dev.txt", "f1", 3668, 4, 96, 2e-4),
-    "rte": Task("rte/train.tsv", "rte/dev.tsv", "accuracy", 2490, 5, 96, 2e-4),
+    "rte": Task("rte/train.tsv", "rte/dev.tsv", "accuracy", 2490, 3, 64, 2e-4),
 }
 
 

@@ -6,7 +6,7 @@ G = ln(perplexity / float perplexity). A row is BITS:RECIPE, with ``!`` after th
 also gives each row's time in forward passes of the float model over the same calibration tokens (the median of three).
 ``--average-bits`` lets the widths of every row be chosen by measured sensitivity, ``--per-token`` gives inputs a scale per token,
 ``--sinks`` says what sites with attention sinks get, in the recipe's place; of several, every row is made with each.
-``--reconstruction block`` learns rounding and scales block by block after the search.
+``--reconstruction block`` learns rounding and scales block by block after the search, ``--rotation`` rotates as `balanced` does.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def main() -> None:
     arguments.add_argument("--compensation", choices=("none", "gptq", "gptaq"), help="instead of each row's own")
     arguments.add_argument("--inherited", type=float, help="search.inherited of gptaq")
     arguments.add_argument("--reconstruction", choices=("none", "block"), default="none")
+    arguments.add_argument("--rotation", action="store_true")
     arguments.add_argument("--average-bits", type=float)
     arguments.add_argument("--per-token", action="store_true")
     arguments.add_argument("--sinks", nargs="+", choices=("per_token", "static", "prefix"))
@@ -106,6 +107,9 @@ def main() -> None:
         search |= {"inherited": a.inherited} if a.inherited is not None else {}
         search |= {"reconstruction": a.reconstruction}
         wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, sinks, **search).model_copy(update={"seed": a.seed})
+        if a.rotation:
+            rotated = wish.transforms.model_copy(update={"rotation": "hadamard", "online": True})
+            wish = wish.model_copy(update={"transforms": rotated})
         llm_fp4.quantize(source, out, wish, tokens=tokens)
         seconds = time.perf_counter() - start
         result = compare(reference, {row: llm_fp4.load(out)}, measured)
@@ -130,6 +134,7 @@ def main() -> None:
                 **({"compensation": a.compensation} if a.compensation else {}),
                 **({"inherited": a.inherited} if a.inherited is not None else {}),
                 **({"reconstruction": a.reconstruction} if a.reconstruction != "none" else {}),
+                **({"rotation": True} if a.rotation else {}),
                 **({"length": a.length} if a.length != 512 else {}),
                 **({"seed": a.seed} if a.seed else {}),
                 **forwards,

@@ -34,6 +34,7 @@ RUNGS: dict[str, Changes] = {
     "scale per token": {"inputs": {"granularity": "per_token"}},
     "offsets": {"inputs": {"offset": "mean"}},
     "bias correction": {"search": {"bias_correction": True}},
+    "learned rounding": {"search": {"reconstruction": "block"}},
 }
 LADDER = {
     "smollm2": ("shift range searched", "error compensation", "rotation", "scale per token"),
