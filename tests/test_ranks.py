@@ -105,6 +105,23 @@ def test_ranks_write_the_bytes_of_one_process_and_go_on_after_one_was_killed(tmp
     assert digest(killed) == digest(alone)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_what_is_learned_is_the_first_ranks(tmp_path: Path, float_model: list[str]) -> None:
+    source, _, text = float_model
+    recipe = llm_fp4.Recipe.model_validate({
+        "search": {"rounds": 1, "reconstruction": "block", "reconstruction_epochs": 2},
+        "calibration": {"source": text, "sequences": 10, "length": 256},
+    })  # fmt: skip
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    llm_fp4.quantize(source, alone, recipe)
+    wish = tmp_path / "wish.yaml"
+    wish.write_text((alone / "recipe.yaml").read_text())
+    two = start(2, ["quantize", source, str(together), "--recipe", str(wish)])
+    _, told = two.communicate(timeout=300)
+    assert two.returncode == 0, told
+    assert digest(together) == digest(alone)
+
+
 def test_a_failure_is_told_once(tmp_path: Path, float_model: list[str]) -> None:
     (tmp_path / "out").mkdir()
     failing = start(2, ["quantize", float_model[0], str(tmp_path / "out")])

@@ -75,8 +75,8 @@ def _leaders(learned: Tensor) -> Tensor:
     """Return what the first rank learned: on GPUs the order of sums, and with it a level here and there, may differ."""
     if ranks.alone():
         return learned
-    flat = learned.contiguous().view(-1)  # of at least one axis
-    return ranks.united(flat.clone() if ranks.leads() else torch.zeros_like(flat)).view(learned.shape)
+    flat = learned.contiguous().view(-1).view(torch.uint8)  # of at least one axis, and a type that all backends sum
+    return ranks.united(flat.clone() if ranks.leads() else torch.zeros_like(flat)).view(learned.dtype).view(learned.shape)
 
 
 def _loss(steps: BlockSteps, some: Sequence[Step], inputs: Sequence[SoftSite]) -> float:
