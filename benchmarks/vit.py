@@ -38,6 +38,9 @@ RECIPES: dict[str, Recipe] = {
     "FPQ 4/4/4, unsigned, learned rounding": rule(
         "fpq", 4, inputs={"unsigned": True}, attention={"unsigned": True}, search={"reconstruction": "block"}
     ),
+    "FPQ 4/4/4, unsigned, shift range searched": rule(
+        "fpq", 4, inputs={"unsigned": True, "shift_range": "search"}, attention={"unsigned": True}
+    ),
     "best 4/4/4, unsigned": rule("best", 4, inputs={"unsigned": True}, attention={"unsigned": True}),
     "FPQ 8/8/8": rule("fpq", 8, inputs={"granularity": "per_token"}),
     "FPQ 6/6/6": rule("fpq", 6, inputs={"granularity": "per_token"}),
