@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_fp4.models import placed
-from llm_fp4.numerics import FloatFormat, formats_of_width
-from llm_fp4.transforms import soft_level
+from llm_fp4.numerics import FloatFormat, formats_of_width, soft_level
 
 FORMATS = formats_of_width(4)
 STEPS, RATE = 48, 0.1

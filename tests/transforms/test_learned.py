@@ -13,11 +13,10 @@ from torch import Tensor, nn
 import llm_fp4
 from llm_fp4.errors import CheckpointError, RecipeError, UnsupportedError
 from llm_fp4.nn import QuantLinear
-from llm_fp4.numerics import FloatFormat, fake_quantize, parse
+from llm_fp4.numerics import FloatFormat, fake_quantize, parse, soft_level
 from llm_fp4.plan import InputSpec
 from llm_fp4.recipe import Recipe
 from llm_fp4.transforms import KroneckerTransform, SoftInput, SoftLinear
-from llm_fp4.transforms.soft import soft_level
 
 E2M1 = FloatFormat(2, 1)
 

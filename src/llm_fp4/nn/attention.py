@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llm_fp4.nn.kept import KeepsDtypes
-from llm_fp4.numerics import FloatFormat, fake_quantize
+from llm_fp4.numerics import FloatFormat, fake_quantize, soft_level
 from llm_fp4.plan import ATTENTION_INPUTS, AttentionSpec, ProductPlan
 
 CHILD = "attention_products"  # the name of the module that holds the scales, inside the attention module
@@ -75,12 +75,9 @@ class AttentionProducts(KeepsDtypes):
 
 
 def _fake_quantize(x: Tensor, scale: Tensor, fmt: FloatFormat) -> Tensor:
-    """Return ``x`` rounded; where gradients are wanted, with that of clipping (see ``transforms.soft_level``)."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return fake_quantize(x, scale, fmt)
-    top = float(fmt.max_level) * scale
-    clipped = torch.minimum(torch.maximum(x.float(), -top if fmt.signed else torch.zeros_like(top)), top)
-    return clipped + (fake_quantize(x.detach(), scale, fmt) - clipped.detach())
+    """Return ``x`` rounded; where gradients are wanted, with that of clipping."""
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    return soft_level(x.float() * (1.0 / scale), fmt) * scale if wanted else fake_quantize(x, scale, fmt)
 
 
 class _Intercept(TorchFunctionMode):

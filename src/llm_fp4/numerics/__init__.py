@@ -29,11 +29,12 @@ from llm_fp4.numerics.rounding import (
     require_finite,
     round_to_level,
     scale_of_max,
+    soft_level,
 )
 
 __all__ = [
     "SMALLEST_STEP", "FloatFormat", "Granularity", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantizedTensor", "block_step", "decode",
     "encode", "encode_levels", "fake_quantize", "formats_of_width", "levels", "max_scale", "neighbour", "pack", "packed_width",
     "parse", "parse_granularity", "quantize_tensor", "require_finite", "round_to_level", "scale_bytes", "scale_of_max",
-    "scale_values", "second_scale", "step_of", "store_scale", "unpack",
+    "scale_values", "second_scale", "soft_level", "step_of", "store_scale", "unpack",
 ]  # fmt: skip

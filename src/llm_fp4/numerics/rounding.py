@@ -51,6 +51,16 @@ def round_to_level(x: Tensor, fmt: FloatFormat) -> Tensor:
     return x.div_(spacing).round_().mul_(spacing)
 
 
+def soft_level(x: Tensor, fmt: FloatFormat) -> Tensor:
+    """Return the level nearest to ``x``, whose gradient is that of clipping: 1 inside the format's range, 0 outside.
+
+    Source: the straight-through estimator of LSQ, arXiv:1902.08153, Eq. 3 and 5: with ``level * scale`` the scale learns too.
+    """
+    top = float(fmt.max_level)
+    clipped = x.clamp(-top if fmt.signed else 0.0, top)
+    return clipped + (round_to_level(x.detach(), fmt) - clipped.detach())
+
+
 def encode(x: Tensor, fmt: FloatFormat, name: str = "tensor") -> Tensor:
     """Return the code of the nearest level of ``fmt``; half to even, saturating; zero has one code, 0.
 

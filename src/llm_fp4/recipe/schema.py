@@ -99,7 +99,7 @@ class Recipe(Strict):
                 )
             if self.search.compensation == "gptaq":
                 raise ValueError(
-                    "search.reconstruction makes up for errors inside a block, compensation gptaq for those of blocks before; use gptq"
+                    "search.reconstruction answers to one block's errors, compensation gptaq to earlier ones; use gptq"
                 )
         if self.search.compensation == "gptaq" and self.search.propagation == "parallel":
             raise ValueError(

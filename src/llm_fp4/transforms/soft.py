@@ -6,22 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from llm_fp4.kernels import kronecker, split_width
-from llm_fp4.numerics import FloatFormat, round_to_level
+from llm_fp4.numerics import FloatFormat, soft_level
 from llm_fp4.transforms.inputs import KroneckerTransform
 from llm_fp4.transforms.rotation import orthogonal
 
 _START = 2.5  # the sigmoid of it, 0.92, is the share of the largest magnitude that is not clipped
 _SMALLEST = 1e-12
-
-
-def soft_level(x: Tensor, fmt: FloatFormat) -> Tensor:
-    """Return the level nearest to ``x``, whose gradient is that of clipping: 1 inside the format's range, 0 outside.
-
-    Source: the straight-through estimator of LSQ, arXiv:1902.08153, Eq. 3 and 5: with ``level * scale`` the scale learns too.
-    """
-    top = float(fmt.max_level)
-    clipped = x.clamp(-top if fmt.signed else 0.0, top)
-    return clipped + (round_to_level(x.detach(), fmt) - clipped.detach())
 
 
 class SoftInput(nn.Module):

@@ -11,9 +11,8 @@ from llm_fp4.kernels import kronecker, token_scale
 from llm_fp4.kernels.hadamard import hadamard_reference
 from llm_fp4.kernels.ops import input_multiplier
 from llm_fp4.kernels.simulate import fake_quantize_input
-from llm_fp4.numerics import PerRow, levels, round_to_level
+from llm_fp4.numerics import PerRow, levels, round_to_level, soft_level
 from llm_fp4.plan import InputPlan, WeightPlan
-from llm_fp4.transforms.soft import soft_level
 
 _EDGE, _MIDDLE = 0.02, 0.45  # how near a value starts to its level, in the distance to the other one, and how far from it
 
