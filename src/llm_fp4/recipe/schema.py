@@ -98,9 +98,7 @@ class Recipe(Strict):
                     "search.reconstruction learns by the block's output, search.objective fisher by the model's; use one of them"
                 )
             if self.search.compensation == "gptaq":
-                raise ValueError(
-                    "search.reconstruction answers to one block's errors, compensation gptaq to earlier ones; use gptq"
-                )
+                raise ValueError("search.reconstruction answers to one block's errors, gptaq to earlier ones too; use gptq")
         if self.search.compensation == "gptaq" and self.search.propagation == "parallel":
             raise ValueError(
                 "search.compensation gptaq makes up for what earlier layers do to an input, and with propagation parallel they do nothing; use gptq"
