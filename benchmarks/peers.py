@@ -1,26 +1,24 @@
 """Time one linear layer, or the whole of SmolLM2, beside other 4-bit runtimes: OpenVINO, ONNX Runtime, llama.cpp.
 
-    pip install openvino onnxruntime onnx xllamacpp gguf
+    pip install openvino onnxruntime onnx gguf && pip install --no-binary llama-cpp-python llama-cpp-python
     python benchmarks/peers.py --threads 1 --rows 1 128 --json
     python benchmarks/peers.py --threads 1 --model CHECKPOINT
 
 Layers run as in kernels.py: all contenders in turn within each round, ratios of each round, medians. A peer that is not
-installed is left out and named; wheels of llama.cpp are generic builds (AVX2), a native one is faster.
+installed is left out and named; llama.cpp built by pip as above uses all instructions of the machine.
 What each computes: OpenVINO and ONNX Runtime quantize 4-bit weights and round inputs to
-8 bits in blocks where they are fastest so; llama.cpp runs Q4_0 weights with 8-bit inputs. Ours rounds inputs to 4 bits.
+8 bits in blocks where they are fastest so; llama.cpp runs Q4_0 and MXFP4 weights with 8-bit inputs. Ours rounds inputs to 4 bits.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import socket
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
+import ggml
 import kernels
 import numpy as np
 import torch
@@ -97,6 +95,7 @@ def peers(threads: int) -> tuple[list[Contender], list[str]]:
     """Return the peers that are installed and the names of those that are not."""
     found, missing = [], []
     for package, makers in (
+        ("llama_cpp", [lambda: ggml.product("Q4_0", threads), lambda: ggml.product("MXFP4", threads)]),
         ("onnxruntime", [lambda: onnxruntime(threads)]),
         ("openvino", [lambda: openvino("i4", threads), lambda: openvino("f4e2m1", threads)]),
     ):
@@ -157,38 +156,15 @@ def q4_0() -> Path:
     return path
 
 
-def llama_cpp(threads: int, prompt: int, new: int, repeats: int) -> list[tuple[float, float]]:
-    """Return (prompt, decoding) tokens a second of llama.cpp on SmolLM2 in Q4_0, as its server reports them."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(q4_0())
-    params.n_ctx, params.warmup, params.n_parallel = prompt + new + 64, True, 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        params.hostnames, params.port = ["127.0.0.1"], free.getsockname()[1]
-    server = xllamacpp.Server(params)
-    ids = torch.randint(0, 49152, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-    body = {"prompt": ids, "n_predict": new, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
-    out = []
-    for _ in range(repeats + 1):
-        request = urllib.request.Request(
-            f"{server.listening_address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        timings = json.load(urllib.request.urlopen(request))["timings"]
-        out.append((timings["prompt_per_second"], timings["predicted_per_second"]))
-    return out[1:]
-
-
 def whole(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Print and return the speed of a checkpoint of SmolLM2 and of llama.cpp's Q4_0, round by round."""
     from llm_fp4.api import benchmark
 
+    ids = torch.randint(0, 49152, (options.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     rounds = []
     for _ in range(options.rounds or 3):
         ours = benchmark(options.model, prompt_tokens=options.prompt, new_tokens=options.new, repeats=1).models[0]
-        theirs = llama_cpp(options.threads, options.prompt, options.new, 1)[0]
+        theirs = ggml.speeds(q4_0(), options.threads, ids, options.new)
         rounds.append(((ours.prefill, ours.decode), theirs))
         time.sleep(0.2)
     rows = []

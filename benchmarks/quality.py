@@ -86,6 +86,7 @@ def main() -> None:
     arguments.add_argument("--inherited", type=float, help="search.inherited of gptaq")
     arguments.add_argument("--reconstruction", choices=("none", "block"), default="none")
     arguments.add_argument("--rotation", action="store_true")
+    arguments.add_argument("--lm-head-bits", type=int, help="of rows that quantize the output head")
     arguments.add_argument("--average-bits", type=float)
     arguments.add_argument("--per-token", action="store_true")
     arguments.add_argument("--sinks", nargs="+", choices=("per_token", "static", "prefix"))
@@ -107,6 +108,8 @@ def main() -> None:
         search |= {"inherited": a.inherited} if a.inherited is not None else {}
         search |= {"reconstruction": a.reconstruction}
         wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, sinks, **search).model_copy(update={"seed": a.seed})
+        if a.lm_head_bits is not None:
+            wish = wish.model_copy(update={"bits": wish.bits.model_copy(update={"lm_head": a.lm_head_bits})})
         if a.rotation:
             rotated = wish.transforms.model_copy(update={"rotation": "hadamard", "online": True})
             wish = wish.model_copy(update={"transforms": rotated})
@@ -135,6 +138,7 @@ def main() -> None:
                 **({"inherited": a.inherited} if a.inherited is not None else {}),
                 **({"reconstruction": a.reconstruction} if a.reconstruction != "none" else {}),
                 **({"rotation": True} if a.rotation else {}),
+                **({"lm_head_bits": a.lm_head_bits} if a.lm_head_bits is not None else {}),
                 **({"length": a.length} if a.length != 512 else {}),
                 **({"seed": a.seed} if a.seed else {}),
                 **forwards,

@@ -118,6 +118,11 @@ struct Kernels {
   // sums (count, stride) of outputs [first, last), at most kFloatRows rows: exact within a lane, times both blocks' scales,
   // then in float32: run after run in sixteen lanes, which are folded in halves
   void (*block_dot)(const Weight&, const BlockRows&, int64_t first, int64_t last, float* sums, int64_t stride);
+  // block scales of kPanel rows, for runs of 128 columns, to [block][output], blocks being of `lanes` lanes; null: only `block_dot`
+  void (*expand_scales)(const Weight&, int64_t first_out, int64_t first_run, int64_t runs, int lanes, float* scales);
+  // sums (count, kPanel) of a panel of `expand` and its scales with rows whose corrections at a block's first lane are the whole
+  // block's: exact within a block, times both scales, then in float32 block after block; added to what is there if `more`
+  void (*block_product)(const uint8_t* panel, const float* scales, int64_t runs, int lanes, const BlockRows&, float* sums, bool more);
   // float sums (count, stride) of outputs [first, last) over `bytes` bytes of codes from `first_byte`, both multiples of
   // 64 but at a row's end; with the weights' block scales where there are any
   void (*float_dot)(const Weight&, const FloatRows&, int64_t first, int64_t last, int64_t first_byte, int64_t bytes, float* sums,

@@ -49,6 +49,8 @@ struct BlockInput {
   BlockScales blocks;
 };
 
+constexpr int64_t kBlockRowsOfAStream = 12;  // up to so many rows with block scales, codes are expanded in registers
+
 Weight make_weight(const uint8_t* codes, int64_t out, int64_t in, Format format);
 
 Weight make_block_weight(const uint8_t* codes, int64_t out, int64_t in, Format, const BlockScales&);

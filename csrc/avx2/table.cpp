@@ -11,7 +11,7 @@ namespace llm_fp4 {
 const Kernels& avx2_kernels() {
   static const Kernels kernels = {"avx2",
                                   [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-                                  row_top, quantize_row, arrange, dot, nullptr, nullptr, finish, quantize_blocks, avx2::block_dot, avx2::float_dot, nullptr, nullptr, nullptr,
+                                  row_top, quantize_row, arrange, dot, nullptr, nullptr, finish, quantize_blocks, avx2::block_dot, nullptr, nullptr, avx2::float_dot, nullptr, nullptr, nullptr,
                                   attend, gated};
   return kernels;
 }

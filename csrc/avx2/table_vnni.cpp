@@ -24,7 +24,7 @@ const Kernels& avx_vnni_kernels() {
   static const Kernels kernels = {
       "avx_vnni",
       [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_avx_vnni(); },
-      row_top, quantize_row, arrange, dot, nullptr, nullptr, finish, quantize_blocks, avx2::block_dot, avx2::float_dot, nullptr, nullptr, nullptr, attend, gated};
+      row_top, quantize_row, arrange, dot, nullptr, nullptr, finish, quantize_blocks, avx2::block_dot, nullptr, nullptr, avx2::float_dot, nullptr, nullptr, nullptr, attend, gated};
   return kernels;
 }
 

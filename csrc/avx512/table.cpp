@@ -16,7 +16,7 @@ const Kernels& avx512_kernels() {
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
       },
       row_top, quantize_row, arrange, avx512::dot, avx512::expand, avx512::product, finish,
-      quantize_blocks, avx512::block_dot, avx512::float_dot,
+      quantize_blocks, avx512::block_dot, avx512::expand_scales, avx512::block_product, avx512::float_dot,
       avx512::expand_floats, avx512::float_product,
       __builtin_cpu_supports("avx512bf16") ? avx512::bfloat16_product : nullptr, attend, gated};
   return kernels;

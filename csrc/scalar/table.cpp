@@ -56,7 +56,7 @@ void float_dot(const Weight& w, const FloatRows& x, int64_t first, int64_t last,
 
 const Kernels& scalar_kernels() {
   static const Kernels kernels = {"scalar", [] { return true; }, row_top, quantize_row, arrange, dot, nullptr, nullptr, finish,
-                                  quantize_blocks, block_dot, float_dot, nullptr, nullptr, nullptr, attend, gated};
+                                  quantize_blocks, block_dot, nullptr, nullptr, float_dot, nullptr, nullptr, nullptr, attend, gated};
   return kernels;
 }
 

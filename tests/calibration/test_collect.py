@@ -31,6 +31,29 @@ def test_linears_are_grouped_by_the_tensor_they_read() -> None:
     assert not any(m._forward_pre_hooks for m in block.modules())
 
 
+class Gated(nn.Module):
+    """Runs its second linear where the first one's output says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.more = nn.Linear(4, 4), nn.Linear(4, 4)
+        nn.init.ones_(self.gate.bias)
+        self.gates: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gates.append(self.gate(x))
+        return self.more(x) if self.gates[-1].abs().max() > 0 else x
+
+
+def test_products_are_left_out_where_they_do_not_decide_what_runs() -> None:
+    block = Gated()
+    assert shared_inputs({"gate": block.gate, "more": block.more}, lambda: block(torch.ones(1, 4))) == [["gate", "more"]]
+    assert [bool(g.abs().max() > 0) for g in block.gates] == [False, True]
+    block.gates.clear()
+    assert shared_inputs({"gate": block.gate}, lambda: block(torch.ones(1, 4))) == [["gate"]]
+    assert len(block.gates) == 1
+
+
 def test_rows_are_collected_without_padding_and_the_rest_of_the_block_is_not_run(tmp_path: Path) -> None:
     block, x = Block(), torch.randn(2, 3, 4)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])

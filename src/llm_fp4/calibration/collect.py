@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llm_fp4 import ranks
 from llm_fp4.statistics import TokenStore
@@ -16,6 +17,16 @@ from llm_fp4.statistics import TokenStore
 
 class _Enough(Exception):
     """Every input that was wanted has been read."""
+
+
+class _Unmultiplied(TorchFunctionMode):
+    """Lets linear layers return zeros: which tensor goes where does not depend on the products, which are nearly all the work."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is nn.functional.linear and len(args) >= 2:
+            x, weight = args[:2]
+            return x.new_zeros(*x.shape[:-1], len(weight))
+        return func(*args, **(kwargs or {}))
 
 
 Linears = dict[str, nn.Module]
@@ -53,7 +64,12 @@ def shared_inputs(
                 members.append(name)
 
         _hook(stack, linears, note)
-        run()
+        if not rare:
+            with _Unmultiplied():
+                run()
+        if sum(map(len, groups.values())) < len(linears):  # values may decide what runs, as those of a router do
+            groups.clear()
+            run()
         for again in later:
             earlier = {n for members in groups.values() for n in members}
             if earlier >= set(rare):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from llm_fp4.models import set_module, settle, steady
+from llm_fp4.models import only_new_garbage, set_module, settle, steady
 from llm_fp4.pipeline.budget import spend
 from llm_fp4.pipeline.choosing import prefix_run
 from llm_fp4.pipeline.rotating import rotated
@@ -32,15 +32,16 @@ def quantize_units(work: Workspace) -> None:
     )  # fmt: skip
     work.progress("quantize", work.store.done, units)
     _resume(work)
-    for unit in range(work.store.done, units):
-        if unit == 0:
-            embeddings_unit(work)
-        elif unit < units - 1:
-            block_unit(work, unit)
-        else:
-            tail_unit(work, unit)
-        settle()
-        work.progress("quantize", unit + 1, units)
+    with only_new_garbage():
+        for unit in range(work.store.done, units):
+            if unit == 0:
+                embeddings_unit(work)
+            elif unit < units - 1:
+                block_unit(work, unit)
+            else:
+                tail_unit(work, unit)
+            settle()
+            work.progress("quantize", unit + 1, units)
     for name, module in work.later.items():
         set_module(work.model, name, module)
 
