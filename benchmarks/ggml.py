@@ -54,11 +54,11 @@ def _functions() -> dict[str, Any]:
     """Return ggml's functions, typed."""
     import llama_cpp
 
-    folder = Path(llama_cpp.__file__).parent / "lib"
-    libraries = [ctypes.CDLL(str(folder / f"lib{name}.so")) for name in ("ggml-base", "ggml-cpu")]
+    # it names the rest of ggml as what it needs, so that the same copy of it is asked
+    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-cpu.so"))
     found = {}
     for name, (result, arguments) in _SIGNATURES.items():
-        found[name] = function = next(getattr(library, name) for library in libraries if hasattr(library, name))
+        found[name] = function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     found["ggml_log_set"](_SILENCE, None)
     return found

@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,18 +53,24 @@ def pairs(name: str, count: int) -> tuple[list[str], list[str], torch.Tensor]:
     return [r[5] for r in rows], [r[6] for r in rows], torch.tensor([float(r[4]) for r in rows])
 
 
+def task(count: int, calibration: int) -> tuple[list[dict[str, torch.Tensor]], Callable[[torch.nn.Module], float]]:
+    """Return calibration batches of the training split, and what gives a model's Spearman correlation on ``count`` pairs of the other."""
+    tokenizer = load_any(minilm()).tokenizer
+    first, second, scores = pairs("dev", count)
+    sides = [sentence_batches(side, None, tokenizer, 128, CPU) for side in (first, second)]
+    batches = sentence_batches(pairs("train", calibration)[0], None, tokenizer, 128, CPU)
+    return batches, lambda model: score_metrics(similarities(*(sentence_vectors(model, side) for side in sides)), scores)[
+        "spearman"
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=1500)
     parser.add_argument("--calibration", type=int, default=128)
     parser.add_argument("--only", action="append", choices=RECIPES)
     options = parser.parse_args()
-    folder = minilm()
-    float_model = load_any(folder)
-    tokenizer = float_model.tokenizer
-    first, second, scores = pairs("dev", options.pairs)
-    sides = [sentence_batches(side, None, tokenizer, 128, CPU) for side in (first, second)]
-    calibration = sentence_batches(pairs("train", options.calibration)[0], None, tokenizer, 128, CPU)
+    calibration, spearman = task(options.pairs, options.calibration)
     result = "minilm" if options.pairs == 1500 else f"minilm-{options.pairs}"
     path = HERE / "results" / f"{result}.json"
     old = json.loads(path.read_text())["rows"] if path.is_file() else []
@@ -71,10 +78,10 @@ def main() -> None:
     reference = 0.0
     for name in ("float", *(options.only or RECIPES)):
         began = time.monotonic()
-        model = float_model.model
+        model = load_any(minilm()).model
         if name != "float":
-            model = llm_fp4.quantize_module(load_any(folder).model, calibration, RECIPES[name])
-        found = score_metrics(similarities(*(sentence_vectors(model, side) for side in sides)), scores)["spearman"]
+            model = llm_fp4.quantize_module(model, calibration, RECIPES[name])
+        found = spearman(model)
         reference = reference or found
         rows[name] = {
             "recipe": name, "spearman": found, "loss": reference - found, "pairs": options.pairs, "calibration": options.calibration,

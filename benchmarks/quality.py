@@ -6,7 +6,8 @@ G = ln(perplexity / float perplexity). A row is BITS:RECIPE, with ``!`` after th
 also gives each row's time in forward passes of the float model over the same calibration tokens (the median of three).
 ``--average-bits`` lets the widths of every row be chosen by measured sensitivity, ``--per-token`` gives inputs a scale per token,
 ``--sinks`` says what sites with attention sinks get, in the recipe's place; of several, every row is made with each.
-``--reconstruction block`` learns rounding and scales block by block after the search, ``--rotation`` rotates as `balanced` does.
+``--reconstruction block`` learns rounding and scales block by block after the search, ``--rotation`` rotates as `balanced` does,
+``--learned`` learns maps of inputs as `best` does.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ def main() -> None:
     arguments.add_argument("--inherited", type=float, help="search.inherited of gptaq")
     arguments.add_argument("--reconstruction", choices=("none", "block"), default="none")
     arguments.add_argument("--rotation", action="store_true")
+    arguments.add_argument("--learned", action="store_true", help="maps of inputs")
     arguments.add_argument("--lm-head-bits", type=int, help="of rows that quantize the output head")
     arguments.add_argument("--average-bits", type=float)
     arguments.add_argument("--per-token", action="store_true")
@@ -110,9 +112,9 @@ def main() -> None:
         wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, sinks, **search).model_copy(update={"seed": a.seed})
         if a.lm_head_bits is not None:
             wish = wish.model_copy(update={"bits": wish.bits.model_copy(update={"lm_head": a.lm_head_bits})})
-        if a.rotation:
-            rotated = wish.transforms.model_copy(update={"rotation": "hadamard", "online": True})
-            wish = wish.model_copy(update={"transforms": rotated})
+        changes: dict[str, object] = {"rotation": "hadamard", "online": True} if a.rotation else {}
+        changes |= {"learned": True} if a.learned else {}
+        wish = wish.model_copy(update={"transforms": wish.transforms.model_copy(update=changes)})
         llm_fp4.quantize(source, out, wish, tokens=tokens)
         seconds = time.perf_counter() - start
         result = compare(reference, {row: llm_fp4.load(out)}, measured)
@@ -138,6 +140,7 @@ def main() -> None:
                 **({"inherited": a.inherited} if a.inherited is not None else {}),
                 **({"reconstruction": a.reconstruction} if a.reconstruction != "none" else {}),
                 **({"rotation": True} if a.rotation else {}),
+                **({"learned": True} if a.learned else {}),
                 **({"lm_head_bits": a.lm_head_bits} if a.lm_head_bits is not None else {}),
                 **({"length": a.length} if a.length != 512 else {}),
                 **({"seed": a.seed} if a.seed else {}),

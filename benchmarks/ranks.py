@@ -3,7 +3,8 @@
     python benchmarks/ranks.py [--ranks 2] [--blocks 8] [--width 1024]
 
 First, how matrix products scale on this machine: one process pinned to one core, then one on each of as many cores as ranks. Then
-a random LLaMA is quantized with one thread a process, one round over one format, on 4,096 tokens. Seconds are those of the whole command, start-up included.
+a random LLaMA is quantized with one thread a process by `fpq` in one round, on 4,096 tokens. Seconds are those of the whole command,
+start-up included; ``--formats e2m1`` searches one format alone, which leaves more of the time to what every rank does.
 """
 
 from __future__ import annotations
@@ -54,22 +55,22 @@ def products(cores: list[int]) -> float:
     return sum(float(process.communicate()[0]) for process in started)
 
 
-def work(source: str, out: str) -> None:
+def work(source: str, out: str, formats: list[str]) -> None:
     """Quantize as one of the ranks."""
     tokens = torch.randint(0, 1000, (8, 512), generator=torch.Generator().manual_seed(0))
-    one = {"formats": ["e2m1"]}
-    recipe = Recipe.model_validate({"weights": one, "inputs": one, "search": {"rounds": 1}})
+    rule = {"formats": formats} if formats else {}
+    recipe = Recipe.model_validate({"weights": rule, "inputs": rule, "search": {"rounds": 1}})
     with ranks.joined("cpu"):
         llm_fp4.quantize(source, out, recipe, tokens=tokens)
 
 
-def run(source: Path, out: Path, count: int) -> float:
+def run(source: Path, out: Path, count: int, formats: list[str]) -> float:
     """Return the seconds that ``count`` ranks take."""
     for folder in (out, out.with_name(f"{out.name}.partial")):
         shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), __file__, "--work"]
     began = time.perf_counter()
-    subprocess.run([*command, str(source), str(out)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run([*command, str(source), str(out), "--formats", *formats], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return time.perf_counter() - began
 
 
@@ -78,10 +79,11 @@ def main() -> None:
     arguments.add_argument("--ranks", type=int, default=2)
     arguments.add_argument("--blocks", type=int, default=8)
     arguments.add_argument("--width", type=int, default=1024)
+    arguments.add_argument("--formats", nargs="*", default=[], help="instead of all of the width")
     arguments.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     a = arguments.parse_args()
     if a.work:
-        work(*a.work)
+        work(*a.work, a.formats)
         return
     cores = sorted(os.sched_getaffinity(0))[: a.ranks]
     one, all_together = products(cores[:1]), products(cores)
@@ -90,12 +92,19 @@ def main() -> None:
     synthetic(source, a.blocks, a.width)
     seconds = {}
     for count in (1, a.ranks):
-        seconds[count] = run(source, WORK / f"ranks-{count}", count)
+        seconds[count] = run(source, WORK / f"ranks-{count}", count, a.formats)
         print(f"{count} ranks: {seconds[count]:.1f} s", flush=True)
     same = digest(WORK / "ranks-1") == digest(WORK / f"ranks-{a.ranks}")
     ratio = seconds[a.ranks] / seconds[1]
     print(f"{a.ranks} ranks take {ratio:.3f} of the time of one; {'the same bytes' if same else 'DIFFERENT BYTES'}")
-    rows = {"width": a.width, "blocks": a.blocks, "ranks": a.ranks, "seconds_alone": seconds[1], "seconds": seconds[a.ranks]}
+    rows = {
+        "width": a.width,
+        "blocks": a.blocks,
+        "formats": a.formats or "all",
+        "ranks": a.ranks,
+        "seconds_alone": seconds[1],
+        "seconds": seconds[a.ranks],
+    }
     record("ranks", [{**rows, "ratio": ratio, "same_bytes": same, "products_scale": all_together / one}])
     raise SystemExit(0 if same else 1)
 

@@ -1,6 +1,7 @@
 """What each rung beyond the paper brings, alone and on top of those before it, and what it costs: the tables of docs/recipes.md.
 
-    python rungs.py smollm2                           # 16/4/4, head ignored, 4,096 calibration tokens; vit: 4/4/4, 64 photographs
+    python rungs.py smollm2                           # 16/4/4, head ignored, 2,048 calibration tokens
+    python rungs.py vit                               # 4/4/4, 64 photographs; minilm: 4/4/4, 128 sentences
     python rungs.py smollm2 --only "+ rotation"       # a part; rows measured before are kept
 
 The base is FPQ with one round. A row "rung" adds one thing to it; a row "+ rung" adds it to all the "+" rows above. What a model
@@ -20,8 +21,10 @@ from typing import Any
 import torch
 from ablations import Measure, language, vit
 from common import HERE, record, smollm2, spread, texts
+from minilm import minilm, task
 from vit import MODEL, pixels
 
+import llm_fp4
 from llm_fp4.api import load_any
 from llm_fp4.errors import LlmFp4Error
 from llm_fp4.recipe import Recipe, load_recipe
@@ -39,11 +42,13 @@ RUNGS: dict[str, Changes] = {
 LADDER = {
     "smollm2": ("shift range searched", "error compensation", "rotation", "scale per token"),
     "vit": ("shift range searched", "error compensation", "scale per token", "bias correction"),
+    "minilm": ("shift range searched", "error compensation", "scale per token", "bias correction"),
 }
-SIZES = {"smollm2": 8, "vit": 64}
+SIZES = {"smollm2": 4, "vit": 64, "minilm": 128}
 OWN: dict[str, Changes] = {  # what a model's rows have in common
     "smollm2": {"bits": {"embedding": 16}},
     "vit": {"attention": {"bits": 4}},
+    "minilm": {"attention": {"bits": 4}},
 }
 
 
@@ -60,13 +65,14 @@ def recipe_of(model: str, name: str, rungs: list[str]) -> Recipe:
     for changes in (OWN[model], {"search": {"rounds": 1}}, *(RUNGS[r] for r in rungs)):
         for section, fields in changes.items():
             data[section] |= fields
-    if model == "smollm2":
-        data["ignore"] = ["lm_head"]
+    data["ignore"] = {"smollm2": ["lm_head"], "vit": [], "minilm": ["pooler.dense"]}[model]
     return Recipe.model_validate({**data, "name": "rung"})
 
 
 def float_pass(model: str) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
     """Return the float model and the calibration data it reads in one pass."""
+    if model == "minilm":
+        return load_any(minilm()).model, task(1, SIZES[model])[0]
     flat = load_any(MODEL if model == "vit" else smollm2())
     if model == "vit":
         return flat.model, [{"pixel_values": part} for part in pixels(1, SIZES[model])[0].split(16)]
@@ -83,6 +89,18 @@ def forward_seconds(net: torch.nn.Module, batches: list[dict[str, torch.Tensor]]
             net(**batch)
         found.append(time.perf_counter() - start)
     return statistics.median(found)
+
+
+def sentences() -> Measure:
+    """Return what quantizes MiniLM and measures it on the 1,500 pairs of STS-B dev."""
+    batches, spearman = task(1500, SIZES["minilm"])
+    flat = spearman(load_any(minilm()).model)
+
+    def measure(recipe: Recipe, size: int) -> dict[str, float]:
+        found = spearman(llm_fp4.quantize_module(load_any(minilm()).model, batches, recipe))
+        return {"spearman": found, "float_spearman": flat, "loss": flat - found}
+
+    return measure
 
 
 def measured(measure: Measure, recipe: Recipe, size: int) -> dict[str, Any]:
@@ -107,7 +125,8 @@ def main() -> None:
         raise SystemExit(f"no row {sorted(strange)[0]!r}; there are {', '.join(rows)}")
     path = HERE / "results" / f"rungs-{options.model}.json"
     known = {r["row"]: r for r in (json.loads(path.read_text())["rows"] if path.is_file() else [])}
-    measure, once = (vit() if options.model == "vit" else language())[0], float_pass(options.model)
+    measure = sentences() if options.model == "minilm" else (vit() if options.model == "vit" else language())[0]
+    once = float_pass(options.model)
     for name in options.only or rows:
         recipe = recipe_of(options.model, name, rows[name])
         found = measured(measure, recipe, SIZES[options.model])

@@ -254,7 +254,8 @@ class SiteStatistics:
                     _add_upper(ee, e, i)
         for sums in (qq, ee):
             if sums is not None:
-                _mirror(ranks.united(sums))
+                _unite_upper(sums)
+                _mirror(sums)
         eq = None if eq is None else ranks.united(eq)
         if center:  # n times the products of the means
             qq.addr_(sum_q, sum_q, alpha=-1.0 / max(count, 1e-30))
@@ -292,6 +293,16 @@ class SiteStatistics:
 def _add_upper(sums: Tensor, rows: Tensor, i: slice) -> None:
     """Add rows ``i`` of X'X to (n, n) ``sums``, from the diagonal on: the other half is its mirror image."""
     sums[i, i.start :].addmm_(rows[:, i].t(), rows[:, i.start :])
+
+
+def _unite_upper(sums: Tensor) -> None:
+    """Bring together what ranks added by :func:`_add_upper`; the rest is not worth sending."""
+    if ranks.alone():
+        return
+    upper = [sums[i, i.start :] for i in ranks.pieces(len(sums), len(sums))]
+    whole = ranks.united(torch.cat([part.flatten() for part in upper]))
+    for part, values in zip(upper, whole.split([part.numel() for part in upper]), strict=True):
+        part.copy_(values.view_as(part))
 
 
 def _mirror(sums: Tensor) -> None:

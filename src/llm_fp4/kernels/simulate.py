@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.kernels.blocks import quantize_blocks
-from llm_fp4.kernels.ops import input_multiplier, token_scale
+from llm_fp4.kernels.ops import input_multiplier, quantize_input, token_scale
 from llm_fp4.numerics import round_to_level
 from llm_fp4.plan import InputSpec
 
@@ -25,7 +25,14 @@ def fake_quantize_input(x: Tensor, spec: InputSpec, scale: Tensor, shift: Tensor
         f = spec.format
         values: Tensor = quantize_blocks(x, scale, blocks.block_size, blocks.scale_dtype, f.exponent_bits, f.mantissa_bits)
         return values
-    step = token_scale(x, scale, shift, smooth, spec.format.max_level) if spec.granularity == "per_token" else scale
+    f, per_token = spec.format, spec.granularity == "per_token"
+    if x.is_cpu and spec.limbs and not (torch.is_grad_enabled() and x.requires_grad):
+        # the same values: a power of two moves from the step to the level
+        rule = (f.exponent_bits, f.mantissa_bits, f.signed, spec.max_shift, per_token)
+        levels, least = quantize_input(x, scale, shift, smooth, *rule)
+        rounded: Tensor = levels.to(torch.float32).mul_(least)
+        return rounded
+    step = token_scale(x, scale, shift, smooth, spec.format.max_level) if per_token else scale
     level = round_to_level(x * input_multiplier(step, shift, smooth), spec.format)
     return level.mul_(step if shift is None else step * torch.exp2(-shift.float()))
 

@@ -90,14 +90,16 @@ class PaperGrid:
 
 
 def search_formats(
-    losses: Mapping[Key, Loss], starts: Mapping[Key, Tensor], grid: Grid, current: Mapping[Key, Tensor] | None, keep: int = 2
-) -> dict[Key, Best]:
+    losses: Mapping[Key, Loss], starts: Mapping[Key, Tensor], grid: Grid, current: Mapping[Key, Tensor] | None, keep: int = 2,
+    unite: Callable[[Best], object] = lambda best: None,
+) -> dict[Key, Best]:  # fmt: skip
     """Return the best scales of every candidate still in the race.
 
     Args:
         losses, starts: of every candidate, a format or an input's spec. current: the scales an earlier round kept, or None in
             the first.
         keep: how many candidates are refined after the sweep, the best ones.
+        unite: completes scales and losses of which ``losses`` give some elements, 0 for the rest: before candidates are compared.
     """
     if current is not None and not isinstance(grid, PaperGrid):
         found = {key: Best(losses[key], scale) for key, scale in current.items()}
@@ -107,8 +109,11 @@ def search_formats(
         }
         for key, scale in (current or {}).items():
             found[key].try_scale(scale)
+        for best in found.values():
+            unite(best)
         ranked = sorted(found, key=lambda key: found[key].total)[:keep]
         found = {key: best for key, best in found.items() if key in ranked}
     for best in found.values():
         grid.refine(best, current is not None)
+        unite(best)
     return found

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm_fp4 import ranks
 from llm_fp4.numerics import FloatFormat, fake_quantize, scale_of_max
-from llm_fp4.search.grids import Grid, Loss, search_formats
+from llm_fp4.search.grids import Best, Grid, Loss, search_formats
 from llm_fp4.search.ranking import as_operand, rank_product
 from llm_fp4.statistics import Gram, SiteStatistics
 
@@ -170,10 +170,18 @@ def choose_weight(
                 lost[rows] += (w - quantized).square_().sum(1).mul_(row_penalty)
             if counts is not None:
                 lost[rows] *= counts[rows]
-        return ranks.united(lost)
+        return lost
+
+    others = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+    for rows in own:
+        others[rows] = False
+
+    def unite(best: Best) -> None:
+        """Rows are minimised each on its own, so ranks need not meet before formats are compared."""
+        best.scale, best.value = ranks.united(torch.stack((best.scale, best.value)).masked_fill_(others, 0.0))
 
     losses: dict[FloatFormat, Loss] = {fmt: partial(loss, fmt=fmt) for fmt in formats}
     absmax = weight.abs().amax(1)
-    found = search_formats(losses, {fmt: scale_of_max(absmax, fmt) for fmt in formats}, grid, current)
+    found = search_formats(losses, {fmt: scale_of_max(absmax, fmt) for fmt in formats}, grid, current, unite=unite)
     fmt = min(found, key=lambda f: found[f].total)
     return WeightChoice(fmt, found[fmt].scale, found[fmt].value), {f: best.scale for f, best in found.items()}
