@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import llm_fp4
-from llm_fp4.errors import CheckpointError, RecipeError, UnsupportedError
+from llm_fp4.errors import CheckpointError, UnsupportedError
+from llm_fp4.kernels import quantize_blocks
 from llm_fp4.nn import QuantLinear
-from llm_fp4.numerics import FloatFormat, fake_quantize, parse, soft_level
+from llm_fp4.numerics import FloatFormat, PerBlock, fake_quantize, parse, second_scale, soft_level
 from llm_fp4.plan import InputSpec
-from llm_fp4.recipe import Recipe
-from llm_fp4.transforms import KroneckerTransform, SoftInput, SoftLinear
+from llm_fp4.recipe import Recipe, load_recipe
+from llm_fp4.transforms import KroneckerTransform, SoftInput, SoftLinear, soft_blocks
 
 E2M1 = FloatFormat(2, 1)
 
@@ -131,6 +132,36 @@ def test_a_checkpoint_with_learned_maps_runs(tmp_path: Path, spiked_llama: Calla
     torch.testing.assert_close(inside(tokens).logits, whole, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("size", "scale"), [(16, "e4m3"), (32, "e8m0"), (8, "float16")])
+def test_soft_blocks_are_the_blocks_of_the_format(size: int, scale: str) -> None:
+    x = torch.randn(5, 70, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    blocks = PerBlock(size, scale)
+    soft = soft_blocks(x, E2M1, blocks)
+    second = second_scale(x.detach().abs().amax(), E2M1) if blocks.two_level else torch.ones(())
+    torch.testing.assert_close(soft, quantize_blocks(x.detach(), second, size, scale, 2, 1), rtol=1e-6, atol=1e-7)
+    soft.sum().backward()
+    assert x.grad is not None
+    assert float((x.grad == 1).float().mean()) > 0.8
+
+
+def test_maps_are_learned_under_block_scales(tmp_path: Path, spiked_llama: Callable[..., Any], tokens: Tensor) -> None:
+    reference = spiked_llama(seed=3)
+    reference.save_pretrained(tmp_path / "float")
+    errors = {}
+    for learned in (False, True):
+        rules = load_recipe("mxfp4").model_dump()
+        rules["transforms"] |= {"learned": learned, "epochs": 20}
+        out = llm_fp4.quantize(tmp_path / "float", tmp_path / f"{learned}", Recipe.model_validate(rules), tokens=tokens)
+        block = llm_fp4.load(out).model.layers[1]
+        assert block.mlp.down_proj.blocks == PerBlock(32, "e8m0")
+        assert block.mlp.down_proj.spec.factors == ((8, 8) if learned else None)
+        x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(5))
+        expected = reference.model.layers[1].mlp.down_proj(x).detach()
+        errors[learned] = float((block.mlp.down_proj(x).detach() - expected).square().mean() / expected.square().mean())
+    assert errors[True] < 0.2, errors
+    assert errors[True] < errors[False], errors
+
+
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path, spiked_llama: Callable[..., Any], tokens: Tensor) -> None:
     spiked_llama().save_pretrained(tmp_path / "float")
     whole = llm_fp4.quantize(tmp_path / "float", tmp_path / "whole", recipe(), tokens=tokens)
@@ -160,9 +191,6 @@ def test_padding_teaches_nothing(spiked_llama: Callable[..., Any], tokens: Tenso
 def test_what_is_not_possible_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="input transform 'kronecker_0x3' is not implemented"):
         InputSpec(parse("e2m1"), transform="kronecker_0x3")
-    blocks = {"granularity": "per_block", "shift": False}
-    with pytest.raises(RecipeError, match=r"transforms\.learned and block scales of inputs"):
-        recipe(inputs=blocks, weights={"granularity": "per_block"}).rule("down_proj")
 
 
 def test_factors_of_another_size_than_the_width_are_refused(

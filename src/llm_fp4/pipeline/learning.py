@@ -47,21 +47,33 @@ def learn_transforms(
 
     def made(learned: bool) -> tuple[dict[str, SoftInput], Linears]:
         inputs = {
-            s: SoftInput(linear_weight(linears[s]).shape[1], formats[s], generator, tops[s], learned).to(device) for s in sites
+            s: SoftInput(linear_weight(linears[s]).shape[1], formats[s], generator, tops[s], learned, rules[s].input_blocks).to(
+                device
+            )
+            for s in sites
         }
         soft: Linears = {
             n: SoftLinear(
-                linear_weight(linears[n]).detach().float(), getattr(linears[n], "bias", None), weight_formats[n], inputs[s]
+                linear_weight(linears[n]).detach().float(), getattr(linears[n], "bias", None), weight_formats[n], inputs[s],
+                recipe.rule(n).weight_blocks,
             )
             for s, g in sites.items()
             for n in g
-        }
+        }  # fmt: skip
         return inputs, soft
 
-    _, soft = made(learned=False)
-    with placed(runner.model, soft):
-        before = sum(float(steps.loss(step)) for step in steps)
+    def loss(soft: Linears) -> float:
+        with placed(runner.model, soft):
+            return sum(float(steps.loss(step)) for step in steps)
+
+    before = loss(made(learned=False)[1])
     inputs, soft = made(learned=True)
+    if any(rules[s].input_blocks for s in sites):  # blocks keep an outlier to themselves, which a rotation may spread
+        worse = loss(soft) > before
+        for site in inputs.values():
+            site.forget()
+            if worse:
+                site.start_as_it_is()
     with no_parameter_gradients(steps.block), placed(runner.model, soft), torch.enable_grad():
         after = _descend(steps, inputs, soft, recipe, generator)
     return {s: site.transform() for s, site in inputs.items()} if after < before else {}
@@ -69,7 +81,7 @@ def learn_transforms(
 
 def learnable(rule: ModuleRule) -> bool:
     """Return whether a site of this rule may have a learned map."""
-    return bool(rule.input_formats and rule.weight_formats) and not rule.transform and rule.input_blocks is None
+    return bool(rule.input_formats and rule.weight_formats) and not rule.transform
 
 
 def _descend(steps: BlockSteps, inputs: dict[str, SoftInput], soft: Linears, recipe: Recipe, generator: torch.Generator) -> float:
@@ -98,7 +110,7 @@ def _descend(steps: BlockSteps, inputs: dict[str, SoftInput], soft: Linears, rec
 def _tops(
     runner: BlockRunner, name: str, firsts: Linears, rules: dict[str, ModuleRule], recipe: Recipe
 ) -> dict[str, Tensor | None]:
-    """Return the largest magnitude of each site's input, None where it will have a scale per token (see ``search.sinks``)."""
+    """Return the largest magnitude of each site's input, None where it will have no static scale (see ``search.sinks``)."""
     tokens: dict[str, list[Tensor]] = {s: [] for s in firsts}
     for i in range(len(runner.batches)):
         for s, module in firsts.items():
@@ -107,7 +119,7 @@ def _tops(
     for s, parts in tokens.items():
         absmax = torch.cat(parts)
         sinks = recipe.inputs.sinks != "static" and sink_ratio(absmax) > recipe.inputs.sink_ratio
-        found[s] = None if sinks or rules[s].granularity == "per_token" else absmax.amax()
+        found[s] = None if sinks or rules[s].granularity != "per_tensor" else absmax.amax()
     return found
 
 

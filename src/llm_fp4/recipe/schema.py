@@ -177,10 +177,6 @@ class Recipe(Strict):
     def _check_blocks(self, rule: ModuleRule, name: str) -> None:
         if (rule.weight_blocks or rule.input_blocks) and self.method == "smoothquant":
             raise RecipeError(f"{name}: method smoothquant has no block scales; use fpq or minmax")
-        if rule.input_blocks and self.transforms.learned:
-            raise RecipeError(
-                f"{name}: transforms.learned and block scales of inputs are not implemented together; use per_token or leave it out"
-            )
         if rule.transform and self.method == "smoothquant":
             raise RecipeError(
                 f"{name}: method smoothquant and a transform of its input are not implemented together; use fpq or minmax"

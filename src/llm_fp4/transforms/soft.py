@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_fp4.kernels import kronecker, split_width
-from llm_fp4.numerics import FloatFormat, soft_level
+from llm_fp4.numerics import FloatFormat, PerBlock, block_step, max_scale, second_scale, soft_level
 from llm_fp4.transforms.inputs import KroneckerTransform
 from llm_fp4.transforms.rotation import orthogonal
 
@@ -19,12 +19,15 @@ class SoftInput(nn.Module):
 
     Args:
         width: channels. top: largest magnitude of the calibration input, for a static scale; None for a scale per token.
-        learned: False keeps the channels as they are, for comparison.
+        learned: False keeps the channels as they are, for comparison. blocks: with scales of blocks instead; no clipping then.
     """
 
-    def __init__(self, width: int, fmt: FloatFormat, generator: torch.Generator, top: Tensor | None, learned: bool = True) -> None:
+    def __init__(
+        self, width: int, fmt: FloatFormat, generator: torch.Generator, top: Tensor | None, learned: bool = True,
+        blocks: PerBlock | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.format, self.top, self.learned = fmt, top, learned
+        self.format, self.top, self.learned, self.blocks = fmt, top, learned, blocks
         self.left, self.right = (nn.Parameter(orthogonal(n, generator)) for n in split_width(width))
         self.clip = nn.Parameter(torch.tensor(_START))
         self._read: Tensor | None = None
@@ -34,10 +37,15 @@ class SoftInput(nn.Module):
         """Return (..., in) ``x`` mapped and rounded; siblings that read the same tensor share the result."""
         if self._read is not x or self._rounded is None:
             mapped = kronecker(x, self.left, self.right) if self.learned else x
-            top = mapped.abs().amax(-1, keepdim=True) if self.top is None else self.top
-            scale = top.clamp_min(_SMALLEST) * (torch.sigmoid(self.clip) / self.format.max_level)
-            self._read, self._rounded = x, soft_level(mapped / scale, self.format) * scale
+            self._read, self._rounded = x, self._round(mapped)
         return self._rounded
+
+    def _round(self, mapped: Tensor) -> Tensor:
+        if self.blocks is not None:
+            return soft_blocks(mapped, self.format, self.blocks)
+        top = mapped.abs().amax(-1, keepdim=True) if self.top is None else self.top
+        scale = top.clamp_min(_SMALLEST) * (torch.sigmoid(self.clip) / self.format.max_level)
+        return soft_level(mapped / scale, self.format) * scale
 
     def weight(self, weight: Tensor) -> Tensor:
         """Return the (out, in) ``weight`` that reads the mapped input."""
@@ -45,6 +53,11 @@ class SoftInput(nn.Module):
             return weight
         left, right = (torch.linalg.inv(m).t() for m in (self.left, self.right))
         return kronecker(weight, left, right)
+
+    def start_as_it_is(self) -> None:
+        """Start from the map that changes nothing."""
+        for side in (self.left, self.right):
+            nn.init.eye_(side)
 
     def forget(self) -> None:
         """Drop the last rounded input: the parameters have changed."""
@@ -56,14 +69,17 @@ class SoftInput(nn.Module):
 
 
 class SoftLinear(nn.Module):
-    """``y = q(x P) q(W P^-T)' + b`` with one scale a row of the weight, each row's clipping learned.
+    """``y = q(x P) q(W P^-T)' + b`` with one scale a row of the weight, each row's clipping learned, or with scales of blocks.
 
     Args:
-        weight: (out, in) float32. site: of its input, shared with other readers.
+        weight: (out, in) float32. site: of its input, shared with other readers. blocks: of the weight, or None.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, fmt: FloatFormat, site: SoftInput) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, fmt: FloatFormat, site: SoftInput, blocks: PerBlock | None = None
+    ) -> None:
         super().__init__()
+        self.blocks = blocks
         self.clip = nn.Parameter(torch.full((len(weight), 1), _START, device=weight.device))
         self._float, self._bias, self._format = weight, bias, fmt
         self._site = (site,)  # in a tuple: the site's parameters are its own, not this layer's
@@ -75,7 +91,27 @@ class SoftLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (site,) = self._site
-        mapped = site.weight(self._float)
+        weight = self._round(site.weight(self._float))
+        out: Tensor = nn.functional.linear(site(x), weight, self._bias)
+        return out
+
+    def _round(self, mapped: Tensor) -> Tensor:
+        if self.blocks is not None:
+            return soft_blocks(mapped, self._format, self.blocks)
         scale = mapped.abs().amax(1, keepdim=True).clamp_min(_SMALLEST) * (torch.sigmoid(self.clip) / self._format.max_level)
-        rounded: Tensor = nn.functional.linear(site(x), soft_level(mapped / scale, self._format) * scale, self._bias)
-        return rounded
+        return soft_level(mapped / scale, self._format) * scale
+
+
+def soft_blocks(x: Tensor, fmt: FloatFormat, blocks: PerBlock) -> Tensor:
+    """Return (..., n) ``x`` rounded under the scales that its blocks' largest magnitudes ask for, with the gradient of clipping.
+
+    Scales are rounded themselves; their gradient is that of scales in proportion to the magnitudes.
+    """
+    size, columns = blocks.block_size, x.shape[-1]
+    tiles = nn.functional.pad(x, (0, -columns % size)).unflatten(-1, (-1, size))
+    top = tiles.abs().amax(-1)
+    with torch.no_grad():
+        second = second_scale(top.amax(), fmt) if blocks.two_level else None
+        step = block_step(max_scale(top, second, fmt, blocks), second, fmt).clamp_min(_SMALLEST)
+    step = (step * (top / top.detach().clamp_min(_SMALLEST))).unsqueeze(-1).clamp_min(_SMALLEST)
+    return (soft_level(tiles / step, fmt) * step).flatten(-2)[..., :columns]
