@@ -114,4 +114,5 @@ def soft_blocks(x: Tensor, fmt: FloatFormat, blocks: PerBlock) -> Tensor:
         second = second_scale(top.amax(), fmt) if blocks.two_level else None
         step = block_step(max_scale(top, second, fmt, blocks), second, fmt).clamp_min(_SMALLEST)
     step = (step * (top / top.detach().clamp_min(_SMALLEST))).unsqueeze(-1).clamp_min(_SMALLEST)
-    return (soft_level(tiles / step, fmt) * step).flatten(-2)[..., :columns]
+    rounded: Tensor = (soft_level(tiles / step, fmt) * step).flatten(-2)[..., :columns]
+    return rounded
