@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from llm_fp4.cli.working import working
 from llm_fp4.storage import write
 
 QUICK = ["--sequences", "2", "--length", "32", "--rounds", "1", "--quiet"]
@@ -133,6 +135,17 @@ def test_file_size_limit(llm_fp4: Any, source: Path, tmp_path: Path, text: Path)
     for folder in (out, tmp_path / "whole"):
         assert llm_fp4("quantize", source, folder, *quick).exit_code == 0
     assert same_bytes(tmp_path / "whole", out)
+
+
+def test_ctrl_c_that_a_library_swallowed_ends_the_run_at_its_next_step() -> None:
+    with working(quiet=True) as progress:
+        progress("quantize", 0, 2)
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        with pytest.raises(KeyboardInterrupt):
+            progress("quantize", 1, 2)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_real_ctrl_c(llm_fp4: Any, save: Callable[..., Path], tmp_path: Path, text: Path) -> None:
