@@ -6,12 +6,9 @@ import contextlib
 import functools
 import importlib
 import logging
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Iterator
 
 from llm_fp4.cli.bars import Bars, Lines
 from llm_fp4.progress import Progress, silent
@@ -23,42 +20,14 @@ def working(quiet: bool) -> Iterator[Progress]:
 
     Whatever other libraries print meanwhile goes to stderr, and their own bars, logs and warnings are off.
     """
-    with _others_silent(), contextlib.redirect_stdout(sys.stderr), _heard() as heard:
+    with _others_silent(), contextlib.redirect_stdout(sys.stderr):
         if quiet:
-            yield heard(silent)
+            yield silent
         elif sys.stderr.isatty():
             with Bars() as bars:
-                yield heard(bars)
+                yield bars
         else:
-            yield heard(Lines())
-
-
-@contextlib.contextmanager
-def _heard() -> Iterator[Callable[[Progress], Progress]]:
-    """Yield what makes a progress callback end the run after Ctrl-C, where a library swallowed it, as imports with a bare except do."""
-    asked = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.default_int_handler(number, frame)
-
-    def heard(progress: Progress) -> Progress:
-        def checked(stage: str, done: int, total: int) -> None:
-            if asked:
-                raise KeyboardInterrupt
-            progress(stage, done, total)
-
-        return checked
-
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield heard
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            yield Lines()
 
 
 @contextlib.contextmanager
