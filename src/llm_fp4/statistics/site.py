@@ -1,95 +1,25 @@
 """What calibration gathers of an input site and search reads: token rows, maxima, Gram matrices, a sample.
 
-The rows of a site lie in a file that is mapped, not read: memory does not grow with the number of
-calibration tokens. Everything derived streams over it in fixed chunks; of several ranks each sums a part of the
+Everything derived streams over the token rows in fixed chunks; of several ranks each sums a part of the
 matrices over all tokens.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, repeat
-from pathlib import Path
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from llm_fp4 import ranks
 from llm_fp4.numerics import require_finite
+from llm_fp4.statistics.gram import Gram, add_upper, mirror, unite_upper
+from llm_fp4.statistics.tokens import CHUNK, FloatRows, TokenStore
 
-CHUNK = 4096  # tokens per step of every streaming sum: 127 * 127 * 4096 fits int32
 _INT8_SIDE = 32  # integer products want no narrower matrices
-
-
-class TokenStore:
-    """Rows of (tokens, channels) float32 in a file: appended once, batch after batch, then read through a shared mapping.
-
-    Of several ranks each appends the batches that are its own, to a file of its own; :meth:`settle` puts them in order.
-    """
-
-    def __init__(self, path: Path, channels: int) -> None:
-        self.path, self.channels, self.tokens = path, channels, 0
-        self._part = path if ranks.alone() else path.with_name(f"{path.name}.{ranks.number()}")
-        self._file = self._part.open("wb")
-
-    def append(self, rows: Tensor) -> None:
-        """Append (n, channels) rows."""
-        self._file.write(rows.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-        self.tokens += len(rows)
-
-    def settle(self, counts: list[int]) -> None:
-        """End the appending; on return all rows of all ranks are in the file, in the order of their batches.
-
-        Args:
-            counts: rows of each batch, of other ranks' batches too.
-        """
-        self._file.close()
-        if not ranks.alone():
-            starts = [0, *accumulate(counts)]
-            whole = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)  # another rank may have made it
-            with self._part.open("rb") as part, open(whole, "wb") as file:
-                for batch in ranks.mine(len(counts)):
-                    file.seek(4 * self.channels * starts[batch])
-                    file.write(part.read(4 * self.channels * counts[batch]))
-            self._part.unlink()
-            self.tokens = starts[-1]
-            ranks.wait()
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """(tokens, channels) float32 over the file's pages; reading ends the appending."""
-        self._file.close()
-        flat = torch.from_file(str(self.path), shared=True, size=self.tokens * self.channels, dtype=torch.float32)
-        return flat.view(self.tokens, self.channels)
-
-    def chunks(self) -> Iterator[Tensor]:
-        """Yield at most :data:`CHUNK` rows at a time, in order."""
-        yield from torch.split(self.rows, CHUNK)
-
-    def delete(self) -> None:
-        """Remove the file, once every rank has come here."""
-        self._file.close()
-        self.__dict__.pop("rows", None)
-        ranks.first(lambda: self.path.unlink(missing_ok=True))
-
-
-@dataclass
-class Gram:
-    """Sums over tokens for the error ``E = target - quantized`` of an input and its quantized form ``Q``.
-
-    With ``D = W - W_hat`` the squared output error is ``W ee W' + 2 D eq' W' + D qq D'`` summed over rows: no
-    large terms cancel.
-
-    Attributes:
-        qq: (in, in) Q'Q. eq: (in, in) E'Q, None where E is 0. ee: (in, in) E'E, None where E is 0.
-    """
-
-    qq: Tensor
-    eq: Tensor | None
-    ee: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -102,24 +32,6 @@ class Importance:
 
     tokens: Tensor
     outputs: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class FloatRows:
-    """What the float model has at a site, token by token, where other rows arrive through quantized layers.
-
-    Attributes:
-        tokens: its rows. change: what they pass, a map of (n, in) rows; None: nothing.
-        share: how much of the way from the rows that arrive to these is wanted, 0 to 1.
-    """
-
-    tokens: TokenStore
-    change: Callable[[Tensor], Tensor] | None = None
-    share: float = 1.0
-
-    def chunks(self) -> Iterator[Tensor]:
-        """Yield (n, in) rows in order."""
-        yield from self.tokens.chunks() if self.change is None else map(self.change, self.tokens.chunks())
 
 
 @dataclass
@@ -246,16 +158,16 @@ class SiteStatistics:
                 sum_e += e.sum(0) if root is None else (e * root).sum(0)
             for i in own:
                 if levels is None or unit is None:
-                    _add_upper(qq, q, i)
+                    add_upper(qq, q, i)
                 else:
                     qq[i, i.start :] += torch._int_mm(levels[:, i].t(), levels[:, i.start :]).float().mul_(unit).mul_(unit)
                 if eq is not None and ee is not None and e is not None:
                     eq[i].addmm_(e[:, i].t(), q)
-                    _add_upper(ee, e, i)
+                    add_upper(ee, e, i)
         for sums in (qq, ee):
             if sums is not None:
-                _unite_upper(sums)
-                _mirror(sums)
+                unite_upper(sums)
+                mirror(sums)
         eq = None if eq is None else ranks.united(eq)
         if center:  # n times the products of the means
             qq.addr_(sum_q, sum_q, alpha=-1.0 / max(count, 1e-30))
@@ -288,24 +200,3 @@ class SiteStatistics:
         weight = torch.full((total,), len(light) / len(drawn))
         weight[heavy] = 1.0
         return self._shifted(rows[index].to(self.device)), (weight * counts)[index].to(self.device)
-
-
-def _add_upper(sums: Tensor, rows: Tensor, i: slice) -> None:
-    """Add rows ``i`` of X'X to (n, n) ``sums``, from the diagonal on: the other half is its mirror image."""
-    sums[i, i.start :].addmm_(rows[:, i].t(), rows[:, i.start :])
-
-
-def _unite_upper(sums: Tensor) -> None:
-    """Bring together what ranks added by :func:`_add_upper`; the rest is not worth sending."""
-    if ranks.alone():
-        return
-    upper = [sums[i, i.start :] for i in ranks.pieces(len(sums), len(sums))]
-    whole = ranks.united(torch.cat([part.flatten() for part in upper]))
-    for part, values in zip(upper, whole.split([part.numel() for part in upper]), strict=True):
-        part.copy_(values.view_as(part))
-
-
-def _mirror(sums: Tensor) -> None:
-    """Copy the upper half of (n, n) ``sums`` onto the lower one."""
-    for i in ranks.pieces(len(sums), len(sums)):
-        sums[i.stop :, i] = sums[i, i.stop :].t()
