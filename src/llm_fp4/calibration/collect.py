@@ -47,7 +47,8 @@ def shared_inputs(
     """Return the names of ``linears`` grouped by the tensor they read, in the order they run.
 
     Args:
-        run: runs the module that holds them once, on any input. Linears that do not run are left out.
+        run: runs the module that holds them once, on any input: first without products, and again where some of them did not run so
+            (or are ``rare``). Those that do not run then are left out.
         rare: those that not every input reaches. later: more runs, made until all of these ran.
     """
     groups: dict[int, list[str]] = {}

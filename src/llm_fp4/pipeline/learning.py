@@ -42,24 +42,18 @@ def learn_transforms(
     device = linear_weight(next(iter(linears.values()))).device
     generator = torch.Generator().manual_seed(recipe.seed ^ zlib.crc32(name.encode()))
     tops = _tops(runner, name, {s: linears[s] for s in sites}, rules, recipe)
-    formats = {s: _format(rules[s].input_formats) for s in sites}
-    weight_formats = {n: _format(recipe.rule(n).weight_formats) for g in sites.values() for n in g}
+    weight_rules = {n: recipe.rule(n) for g in sites.values() for n in g}
 
     def made(learned: bool) -> tuple[dict[str, SoftInput], Linears]:
-        inputs = {
-            s: SoftInput(linear_weight(linears[s]).shape[1], formats[s], generator, tops[s], learned, rules[s].input_blocks).to(
-                device
-            )
-            for s in sites
-        }
-        soft: Linears = {
-            n: SoftLinear(
-                linear_weight(linears[n]).detach().float(), getattr(linears[n], "bias", None), weight_formats[n], inputs[s],
-                recipe.rule(n).weight_blocks,
-            )
-            for s, g in sites.items()
-            for n in g
-        }  # fmt: skip
+        inputs = {}
+        for s in sites:
+            width, fmt = linear_weight(linears[s]).shape[1], _format(rules[s].input_formats)
+            inputs[s] = SoftInput(width, fmt, generator, tops[s], learned, rules[s].input_blocks).to(device)
+        soft: Linears = {}
+        for s, n in ((s, n) for s, g in sites.items() for n in g):
+            weight, bias = linear_weight(linears[n]).detach().float(), getattr(linears[n], "bias", None)
+            rule = weight_rules[n]
+            soft[n] = SoftLinear(weight, bias, _format(rule.weight_formats), inputs[s], rule.weight_blocks)
         return inputs, soft
 
     def loss(soft: Linears) -> float:
@@ -111,15 +105,15 @@ def _tops(
     runner: BlockRunner, name: str, firsts: Linears, rules: dict[str, ModuleRule], recipe: Recipe
 ) -> dict[str, Tensor | None]:
     """Return the largest magnitude of each site's input, None where it will have no static scale (see ``search.sinks``)."""
-    tokens: dict[str, list[Tensor]] = {s: [] for s in firsts}
+    tokens: dict[str, list[Tensor]] = {s: [] for s in firsts if rules[s].granularity == "per_tensor"}
     for i in range(len(runner.batches)):
-        for s, module in firsts.items():
-            tokens[s] += [x.abs().amax(-1).flatten() for x in inputs_of({s: module}, partial(runner.run, name, i))]
-    found: dict[str, Tensor | None] = {}
+        for s, parts in tokens.items():
+            parts += [x.abs().amax(-1).flatten() for x in inputs_of({s: firsts[s]}, partial(runner.run, name, i))]
+    found: dict[str, Tensor | None] = dict.fromkeys(firsts)
     for s, parts in tokens.items():
         absmax = torch.cat(parts)
         sinks = recipe.inputs.sinks != "static" and sink_ratio(absmax) > recipe.inputs.sink_ratio
-        found[s] = None if sinks or rules[s].granularity != "per_tensor" else absmax.amax()
+        found[s] = None if sinks else absmax.amax()
     return found
 
 

@@ -37,15 +37,8 @@ class SoftInput(nn.Module):
         """Return (..., in) ``x`` mapped and rounded; siblings that read the same tensor share the result."""
         if self._read is not x or self._rounded is None:
             mapped = kronecker(x, self.left, self.right) if self.learned else x
-            self._read, self._rounded = x, self._round(mapped)
+            self._read, self._rounded = x, _soft(mapped, self.format, self.blocks, self.clip, self.top)
         return self._rounded
-
-    def _round(self, mapped: Tensor) -> Tensor:
-        if self.blocks is not None:
-            return soft_blocks(mapped, self.format, self.blocks)
-        top = mapped.abs().amax(-1, keepdim=True) if self.top is None else self.top
-        scale = top.clamp_min(_SMALLEST) * (torch.sigmoid(self.clip) / self.format.max_level)
-        return soft_level(mapped / scale, self.format) * scale
 
     def weight(self, weight: Tensor) -> Tensor:
         """Return the (out, in) ``weight`` that reads the mapped input."""
@@ -91,15 +84,19 @@ class SoftLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (site,) = self._site
-        weight = self._round(site.weight(self._float))
+        weight = _soft(site.weight(self._float), self._format, self.blocks, self.clip)
         out: Tensor = nn.functional.linear(site(x), weight, self._bias)
         return out
 
-    def _round(self, mapped: Tensor) -> Tensor:
-        if self.blocks is not None:
-            return soft_blocks(mapped, self._format, self.blocks)
-        scale = mapped.abs().amax(1, keepdim=True).clamp_min(_SMALLEST) * (torch.sigmoid(self.clip) / self._format.max_level)
-        return soft_level(mapped / scale, self._format) * scale
+
+def _soft(x: Tensor, fmt: FloatFormat, blocks: PerBlock | None, clip: Tensor, top: Tensor | None = None) -> Tensor:
+    """Return (..., n) ``x`` rounded under a scale of its own for every row, a share ``clip`` of its largest magnitude, or under
+    the static one of ``top``, or those of ``blocks``."""
+    if blocks is not None:
+        return soft_blocks(x, fmt, blocks)
+    top = x.abs().amax(-1, keepdim=True) if top is None else top
+    scale = top.clamp_min(_SMALLEST) * (torch.sigmoid(clip) / fmt.max_level)
+    return soft_level(x / scale, fmt) * scale
 
 
 def soft_blocks(x: Tensor, fmt: FloatFormat, blocks: PerBlock) -> Tensor:
