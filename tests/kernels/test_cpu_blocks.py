@@ -106,14 +106,14 @@ def test_all_kernels_and_numbers_of_threads_give_the_same_bits() -> None:
     threads = torch.get_num_threads()
     for blocks, (tokens, width, out) in product(BLOCKS, SHAPES):
         x, w = torch.randn(tokens, width), random_weight(out, width, parse("e2m1"), blocks)
-        results = []
-        for name in KERNELS:
+        results: dict[bool, list[Tensor]] = {False: [], True: []}
+        for name, count in product(KERNELS, (1, 3)):
             select(name)
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                results.append(quantized_block_linear(x, *input_arguments(blocks, parse("e2m1")), *weight_arguments(w, None)))
-            assert torch.equal(results[-2], results[-1])
-        assert tokens > 12 or all(torch.equal(results[0], other) for other in results[1:])
+            torch.set_num_threads(count)
+            got = quantized_block_linear(x, *input_arguments(blocks, parse("e2m1")), *weight_arguments(w, None))
+            results[tokens > 12 and name in ("avx512", "amx")].append(got)
+        for alike in results.values():
+            assert all(torch.equal(alike[0], other) for other in alike[1:])
     torch.set_num_threads(threads)
     select()
 
