@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
+from typer.main import get_group
 
 from llm_fp4.cli.main import app
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
-COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = get_group(app).commands
 HINT = "run python docs/generate_cli.py"
 
 

@@ -33,7 +33,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             run(module)
             register()
 
-        # on this one loader object only; a wrapper would hide what else loaders offer
+        # on this one loader object only (mypy takes a method for a constant); a wrapper would hide what else loaders offer
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
