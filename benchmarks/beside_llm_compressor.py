@@ -1,6 +1,7 @@
 """NVFP4 and MXFP4 of SmolLM2 by llm-compressor's GPTQ and by this package's recipes, on the same calibration tokens.
 
-    pip install --no-deps llmcompressor compressed-tensors 'transformers>=5.15,<5.18' 'huggingface-hub<2' auto-round nvidia-ml-py
+    pip install --no-deps llmcompressor compressed-tensors==0.19.0 'transformers>=5.15,<5.18' 'huggingface-hub>=1.5,<2' auto-round \\
+        nvidia-ml-py loguru pillow requests tqdm && pip install httpx
     python benchmarks/beside_llm_compressor.py [--formats NVFP4 MXFP4] [--sequences 8]
 
 Weights and inputs of all linears but the output head, in 4 bits. llm-compressor runs with its defaults; its model is measured as it leaves it, with

@@ -125,7 +125,7 @@ def product(kind: str, threads: int) -> Contender:
 
 def speeds(path: Path, threads: int, prompt: list[int], new: int) -> tuple[float, float]:
     """Return (prompt, decoding) tokens a second of llama.cpp on the GGUF file at ``path``; the tokens of ``prompt`` come again."""
-    model = _opened(str(path), threads, len(prompt) + new + 8)
+    model = opened(str(path), threads, len(prompt) + new + 8)
     model.reset()
     start = time.perf_counter()
     model.eval(prompt)
@@ -136,7 +136,8 @@ def speeds(path: Path, threads: int, prompt: list[int], new: int) -> tuple[float
 
 
 @lru_cache(maxsize=1)
-def _opened(path: str, threads: int, context: int) -> Any:
+def opened(path: str, threads: int, context: int) -> Any:
+    """Return the model; ``opened.cache_clear()`` frees it, which llama_cpp wants done before the interpreter ends."""
     import llama_cpp
 
     size = {"n_ctx": context, "n_batch": context, "n_ubatch": 512}

@@ -167,6 +167,7 @@ def whole(options: argparse.Namespace) -> list[dict[str, Any]]:
         theirs = ggml.speeds(q4_0(), options.threads, ids, options.new)
         rounds.append(((ours.prefill, ours.decode), theirs))
         time.sleep(0.2)
+    ggml.opened.cache_clear()
     rows = []
     for i, what in enumerate(("prefill", "decode")):
         own, their = (float(np.median([r[side][i] for r in rounds])) for side in (0, 1))
