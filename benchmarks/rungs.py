@@ -4,9 +4,10 @@
     python rungs.py vit                               # 4/4/4, 64 photographs; minilm: 4/4/4, 128 sentences
     python rungs.py smollm2 --only "+ rotation"       # a part; rows measured before are kept
 
-The base is FPQ with one round. A row "rung" adds one thing to it; a row "+ rung" adds it to all the "+" rows above. What a model
-does not allow is said, not skipped. Beside each row's seconds stand those of a forward pass of the float model over the
-calibration data, the median of three at that moment: their ratio is the cost.
+The base is FPQ with one round. A row "rung" adds one thing to it; a row "+ rung" adds it to all the "+" rows above; the rows
+of named recipes are these as they are, but for what all rows of a model have in common. What a model does not allow is said,
+not skipped. Beside each row's seconds stand those of a forward pass of the float model over the calibration data, the median of
+three at that moment: their ratio is the cost.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ LADDER = {
     "vit": ("shift range searched", "error compensation", "scale per token", "bias correction"),
     "minilm": ("shift range searched", "error compensation", "scale per token", "bias correction"),
 }
+NAMED = {"learned maps (best)": "best"} | {f"recipe {name}": name for name in ("fast", "balanced", "nvfp4", "mxfp4")}
 SIZES = {"smollm2": 4, "vit": 64, "minilm": 128}
 OWN: dict[str, Changes] = {  # what a model's rows have in common
     "smollm2": {"bits": {"embedding": 16}},
@@ -56,12 +58,12 @@ def rows_of(model: str) -> dict[str, list[str]]:
     """Return the rungs of every row."""
     ladder = LADDER[model]
     rows: dict[str, list[str]] = {"FPQ": []} | {r: [r] for r in RUNGS}
-    return rows | {f"+ {r}": list(ladder[: i + 1]) for i, r in enumerate(ladder) if i} | {"learned maps (best)": []}
+    return rows | {f"+ {r}": list(ladder[: i + 1]) for i, r in enumerate(ladder) if i} | {name: [] for name in NAMED}
 
 
 def recipe_of(model: str, name: str, rungs: list[str]) -> Recipe:
     """Return the recipe of a row."""
-    data = load_recipe("best" if "best" in name else "fpq").model_dump()
+    data = load_recipe(NAMED.get(name, "fpq")).model_dump()
     for changes in (OWN[model], {"search": {"rounds": 1}}, *(RUNGS[r] for r in rungs)):
         for section, fields in changes.items():
             data[section] |= fields
