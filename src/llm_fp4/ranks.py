@@ -85,6 +85,14 @@ def united(parts: Tensor) -> Tensor:
     return parts
 
 
+def leaders(learned: Tensor) -> Tensor:
+    """Return the first rank's ``learned``: on GPUs the order of sums may differ, and with it what descent finds."""
+    if alone():
+        return learned
+    flat = learned.contiguous().view(-1).view(torch.uint8)  # of at least one axis, and a type that all backends sum
+    return united(flat.clone() if leads() else torch.zeros_like(flat)).view(learned.dtype).view(learned.shape)
+
+
 def wait() -> None:
     """Return when every rank has come here."""
     united(torch.zeros(1, dtype=torch.int64))

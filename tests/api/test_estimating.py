@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 import llm_fp4
-from llm_fp4.api import estimate
+from llm_fp4.api import benchmark, estimate
+from llm_fp4.errors import CalibrationError, OutputError, UnsupportedError
+from llm_fp4.models import open_model
 from llm_fp4.recipe import Recipe, load_recipe
 
 
@@ -45,6 +48,45 @@ def test_bytes_are_those_of_the_checkpoint(tmp_path: Path, source: Path, name: s
     assert difference == 0 if name != "fpq" else 0 <= difference <= shifts
 
 
+def test_bytes_hold_learned_maps_and_added_biases(tmp_path: Path, source: Path) -> None:
+    data = load_recipe("best").model_dump()
+    data["inputs"]["shift"], data["search"] = False, {**data["search"], "compensation": "none", "bias_correction": True}
+    wish = Recipe.model_validate(data)
+    out = llm_fp4.quantize(source, tmp_path / "out", wish, tokens=torch.arange(2, 130).view(4, 32))
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    mapped = sum("transform" in (module.get("input") or {}) for module in config["modules"].values())
+    narrow, wide = 4 * (4**2 + 8**2), 4 * (8**2 + 8**2)  # of 32 channels and of 64
+    missing = estimate(source, wish).bytes - stored(out)
+    blocks = missing // (6 * narrow + wide)  # that no map made better
+    assert missing == blocks * (6 * narrow + wide)
+    assert mapped == 7 * (2 - blocks)
+
+
+def test_a_model_that_writes_its_own_text_is_whole_in_memory(tmp_path: Path, tiny_llama: Callable[..., Any]) -> None:
+    tiny_llama(num_hidden_layers=12).save_pretrained(source := tmp_path / "deep")
+    text = Recipe.model_validate({"calibration": {"source": "text.txt"}})
+    whole = 4 * sum(p.numel() for p in open_model(str(source)).model.parameters())
+    assert estimate(source, text).memory < whole <= estimate(source, "fpq").memory
+
+
+@pytest.mark.parametrize(("device", "words"), [("foo", "unknown device 'foo'"), ("mps", "device mps is not implemented")])
+def test_strange_devices_are_refused(source: Path, device: str, words: str) -> None:
+    for call in (partial(estimate, source, "fast"), partial(benchmark, source)):
+        with pytest.raises(UnsupportedError, match=f"{words}.*use cpu or cuda"):
+            call(device=device)
+
+
+def test_the_cost_is_told_before_the_run(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llm_fp4.cli.quantize import quantize
+
+    with pytest.raises(CalibrationError):  # no tokenizer: nothing to calibrate on
+        quantize(str(source), str(tmp_path / "out"), recipe="fast")
+    told = capsys.readouterr()
+    assert told.err.startswith("fast 4/4/4: about ")
+    assert "forward passes over the calibration tokens" in told.err
+    assert told.out == ""
+
+
 def test_more_work_costs_more(source: Path) -> None:
     passes = [estimate(source, name).passes for name in ("minmax-fp", "fast", "fpq", "fpq-gptq", "best")]
     assert passes == sorted(passes)
@@ -62,3 +104,6 @@ def test_plan_only_writes_nothing(tmp_path: Path, source: Path, capsys: pytest.C
     assert "forward passes over the calibration tokens" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        quantize(str(source), str(tmp_path / "out"), recipe="best", plan_only=True)

@@ -146,7 +146,7 @@ def test_half_block_rules_are_refused() -> None:
     with pytest.raises(RecipeError, match="block scales on only one of weight and input"):
         Recipe.model_validate({"weights": {"granularity": "per_block"}}).rule("q")
     with pytest.raises(RecipeError, match="smoothquant has no block scales"):
-        Recipe.model_validate({**load_recipe("nvfp4").model_dump(), "method": "smoothquant"}).rule("q")
+        Recipe.model_validate({**load_recipe("nvfp4-rtn").model_dump(), "method": "smoothquant"}).rule("q")
     mixed = {**load_recipe("nvfp4").model_dump(), "overrides": [
         {"targets": ["down"], "weight_granularity": "per_row", "input_granularity": "per_token"}
     ]}  # fmt: skip

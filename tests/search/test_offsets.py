@@ -17,7 +17,7 @@ from llm_fp4.recipe import Recipe
 from llm_fp4.search import search_site
 from llm_fp4.search.inputs import OutputError
 from llm_fp4.search.shift import shift_limits
-from llm_fp4.statistics import SiteStatistics, TokenStore
+from llm_fp4.statistics import FloatRows, SiteStatistics, TokenStore
 
 CHANNELS = 40
 
@@ -179,3 +179,49 @@ def test_block_scales_and_baselines_search_no_offset(offsets: Callable[..., Site
         assert result.input is not None
         assert result.input.offset is None
         assert result.bias == {}
+
+
+def test_the_plan_counts_what_is_clipped_after_the_offset(tmp_path: Path) -> None:
+    rows = torch.randn(600, CHANNELS, generator=torch.Generator().manual_seed(0)) + 50
+    plan = search(rows, recipe({"offset": "mean", "shift": False}), tmp_path).input
+    assert plan is not None
+    assert plan.offset is not None
+    assert plan.clipped is not None
+    beyond = (rows - plan.offset).abs() > 1.5 * plan.scale * plan.spec.format.max_level
+    assert float(beyond.float().mean()) <= plan.clipped < 0.2
+
+
+@pytest.mark.parametrize("tokens", [20, 600])  # few are scored by their outputs, many by Gram matrices
+def test_the_error_of_an_input_with_an_offset_is_relative_to_the_float_outputs(tmp_path: Path, tokens: int) -> None:
+    rows = biased()[:tokens]
+    result = search(rows, recipe({"offset": "mean"}), tmp_path)
+    assert result.input is not None
+    assert result.input.offset is not None
+    assert result.input.error == pytest.approx(output_error(rows, result), rel=0.02)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_bias_takes_over_the_mean_of_what_earlier_layers_did(tmp_path: Path, blocks: bool) -> None:
+    """What arrives lies off what the float model had by a constant, which only a bias can make up for."""
+    arrived, drift = biased(), torch.randn(CHANNELS, generator=torch.Generator().manual_seed(5))
+    had = TokenStore(tmp_path / "float.rows", CHANNELS)
+    had.append(arrived + drift)
+    named, block = weights(), {"granularity": "per_block", "formats": ["e2m1"]}
+    lost = {}
+    for correct in (False, True):
+        rules = Recipe.model_validate({
+            "weights": block if blocks else {}, "inputs": {**block, "shift": False, "sinks": "static"} if blocks else {"sinks": "static"},
+            "search": {"rounds": 1, "compensation": "gptaq", "inherited": 1.0, "bias_correction": correct},
+        })  # fmt: skip
+        result = search_site(
+            "site", named, statistics(arrived, tmp_path), {n: rules.rule(n) for n in named}, rules, wanted=FloatRows(had)
+        )
+        plan = result.input
+        assert plan is not None
+        q = fake_quantize_input(arrived if plan.offset is None else arrived - plan.offset, plan.spec, plan.scale, plan.shift, None)
+        off = torch.cat([
+            q @ result.rounded[n].t() + result.bias.get(n, torch.zeros(len(w))) - (arrived + drift) @ w.t() for n, w in named.items()
+        ], 1)  # fmt: skip
+        lost[correct] = float(off.square().mean()), float(off.mean(0).square().mean())
+    assert lost[True][1] < 1e-6
+    assert lost[True][0] < lost[False][0]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_fp4.errors import CalibrationError
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.numerics import fake_quantize, formats_of_width, parse, scale_of_max
 from llm_fp4.plan import InputSpec, SiteResult
@@ -224,7 +225,7 @@ def site_error(statistics: SiteStatistics, recipe: Recipe) -> float:
         rounded = result.rounded.get(n, fake_quantize(source, result.weights[n].scale[:, None], result.weights[n].format))
         total += output_error(statistics, w, rounded, rows)
     energy = sum(output_error(statistics, w, torch.zeros_like(w), rows) for w in named.values())
-    if recipe.search.compensation == "none" and recipe.method.startswith("fpq"):
+    if recipe.method.startswith("fpq"):
         assert plan.error == pytest.approx(total / energy, rel=0.02)  # what the plan says is what is measured
     return total / energy
 
@@ -401,3 +402,57 @@ def test_compensation_makes_up_for_what_earlier_layers_did(site: SiteStatistics,
 
     assert lost(FloatRows(had)) < 0.9 * lost(None)
     assert lost(FloatRows(same)) == pytest.approx(lost(None), rel=1e-3)
+
+
+def test_what_error_compensation_inherits_is_the_share_asked_for(site: SiteStatistics, tmp_path: Path) -> None:
+    had = TokenStore(tmp_path / "float.rows", 48)
+    torch.manual_seed(3)
+    had.append(site.tokens.rows @ (torch.eye(48) + 0.05 * torch.randn(48, 48)))
+    weight, wish = weights()["q"], Recipe.model_validate({"search": {"rounds": 1, "compensation": "gptaq"}})
+    lost = []
+    for share in (0.0, 0.5, 1.0):
+        result = search_site("site", {"q": weight}, site, {"q": wish.rule("q")}, wish, wanted=FloatRows(had, share=share))
+        plan = result.input
+        assert plan is not None
+        rows = fake_quantize_input(site.tokens.rows, plan.spec, plan.scale, plan.shift, None)
+        lost.append(float((had.rows @ weight.t() - rows @ result.rounded["q"].t()).square().sum()))
+    assert lost[0] > 1.05 * lost[1] > 1.05**2 * lost[2]
+
+
+def test_columns_are_visited_by_importance() -> None:
+    hessian = torch.diag(torch.tensor([1.0, 9.0, 4.0, 16.0]))
+    assert Factor(hessian).feedback().order.tolist() == [3, 1, 2, 0]
+
+
+def test_damping_is_a_share_of_the_mean_diagonal() -> None:
+    hessian = torch.tensor([[4.0, 1.0], [1.0, 8.0]])
+    assert damped(hessian, 0.5).tolist() == [[7.0, 1.0], [1.0, 11.0]]
+
+
+def test_a_singular_input_asks_for_damping_by_name(tmp_path: Path) -> None:
+    store = TokenStore(tmp_path / "rows", 48)
+    torch.manual_seed(0)
+    store.append(torch.randn(100, 1) @ torch.randn(1, 48) * 1e4)
+    statistics = SiteStatistics("model.layers.7.mlp", store, torch.device("cpu"))
+    wish = Recipe.model_validate({"bits": {"activation": 16}, "search": {"rounds": 1, "compensation": "gptq", "damping": 1e-12}})
+    with pytest.raises(CalibrationError, match=r"model\.layers\.7\.mlp.*search\.damping 1e-12.*raise the damping"):
+        search_site("model.layers.7.mlp", {"q": weights()["q"]}, statistics, {"q": wish.rule("q")}, wish)
+
+
+def test_a_shift_under_a_scale_per_token_follows_channels_within_their_token(tmp_path: Path) -> None:
+    """One token, a thousand times larger than the others, has all its channels alike; all others have a large one."""
+    store = TokenStore(tmp_path / "rows", 48)
+    torch.manual_seed(0)
+    rows = torch.rand(600, 48) + 0.5
+    rows[:, 5] *= 30
+    rows[0] = 3000
+    rows[0, 5] *= 2.0
+    store.append(rows)
+    statistics = SiteStatistics("site", store, torch.device("cpu"))
+    assert statistics.channel_maxima(per_token=True)[5] == 1
+    recipe = Recipe.model_validate({"inputs": {"granularity": "per_token", "formats": ["e2m1"]}, "search": {"rounds": 1}})
+    named = weights()
+    plan = search_site("site", named, statistics, {n: recipe.rule(n) for n in named}, recipe).input
+    assert plan is not None
+    assert plan.shift is not None
+    assert plan.shift[5] == 0

@@ -37,7 +37,7 @@ def tokens() -> Tensor:
 @pytest.mark.parametrize("width", [1, 7, 24, 96])
 def test_a_map_keeps_the_product(width: int) -> None:
     generator = torch.Generator().manual_seed(width)
-    found = SoftInput(width, E2M1, generator, None).transform()
+    found = SoftInput(width, E2M1, generator).transform()
     found.left += 0.1 * torch.randn(found.left.shape, generator=generator)  # no longer orthogonal
     x, w = torch.randn(5, width, generator=generator), torch.randn(9, width, generator=generator)
     torch.testing.assert_close(found.rows(x) @ found.weight(w).t(), x @ w.t(), rtol=1e-4, atol=1e-4)
@@ -59,7 +59,7 @@ def test_a_soft_layer_computes_what_its_rounded_tensors_give() -> None:
         torch.randn(6, generator=generator),
         torch.randn(4, 8, generator=generator),
     )
-    site = SoftInput(8, E2M1, generator, None)
+    site = SoftInput(8, E2M1, generator)
     layer = SoftLinear(weight, bias, E2M1, site)
     share = torch.sigmoid(site.clip.detach()) / 12
     rows, w = site.transform().rows(x), site.transform().weight(weight)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_fp4.api.loading import load_any
+from llm_fp4.api.prepare import checked_device
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.integrations.decoder import Decoder
 from llm_fp4.kernels import int_linear
@@ -101,7 +102,7 @@ def benchmark(
 
 def _machine(device: str, repeats: int) -> Machine:
     """Return the measured bandwidth and int8 peak of ``device``."""
-    where = torch.device(device)
+    where = checked_device(device)
     data = torch.ones(_READ_BYTES // 8, dtype=torch.int64, device=where)
     read = _seconds(lambda: data.sum(), where, repeats + 4, min)
     a = torch.randint(-96, 97, (_SIDE, _SIDE), dtype=torch.int8, device=where)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from llm_fp4.api.fisher import gradient_memory
-from llm_fp4.api.prepare import checked_structure
-from llm_fp4.models import FloatModel, Structure, open_model, weight_shapes
+from llm_fp4.api.prepare import checked_device, checked_structure
+from llm_fp4.models import FloatModel, InMemory, Structure, open_model, weight_shapes
 from llm_fp4.pipeline import checkpoint_bytes
 from llm_fp4.pipeline.choosing import TRIAL_TOKENS
 from llm_fp4.recipe import ModuleRule, Recipe, load_recipe
@@ -21,7 +21,7 @@ from llm_fp4.search.shift import shift_limits
 # candidates of a scale in the first round and in later ones, of each format in the race (search.grids.Log2Grid)
 _SWEEP, _REFINE, _AGAIN = 7, 6, 8
 _BLOCK_CANDIDATES, _JOINT_SWEEPS = 10, 2  # search.block_scales
-_COPIES = 10  # of a block's weights, while its rounding is learned (pipeline.reconstructing)
+_COPIES = 10  # of a block's weights, while its rounding or the maps of its inputs are learned
 _GRADIENT = 3  # forward passes that one with gradients costs (pipeline.learning)
 
 
@@ -30,7 +30,7 @@ class Estimate:
     """The cost of a run.
 
     Attributes:
-        bytes: of the checkpoint's tensors; channel shifts are counted wherever the search may choose them, offsets and a prefix nowhere.
+        bytes: of the checkpoint's tensors; channel shifts and learned maps are counted wherever there may be some, offsets and a prefix nowhere.
             Under a budget: what it allows, and for a divergence the widest choices.
         float_bytes: of the float model's. memory: bytes beside the program itself and mapped files.
         passes: work in forward passes of the float model over all calibration tokens.
@@ -49,9 +49,10 @@ def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, d
     """Return what quantizing ``source`` by ``recipe`` will cost; no weight is read.
 
     Raises:
-        SourceError: the model cannot be read. RecipeError, UnsupportedError: the recipe does not fit it.
+        SourceError: the model cannot be read. RecipeError, UnsupportedError: the recipe does not fit it, or there is no such device.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    target = checked_device(device)
     opened = source if isinstance(source, FloatModel) else open_model(str(source))
     structure = checked_structure(opened.model, recipe, opened.source)
     shapes = weight_shapes(opened.model, structure)
@@ -76,7 +77,9 @@ def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, d
     if recipe.search.reconstruction == "block":
         work += (_GRADIENT * recipe.search.reconstruction_epochs + 2) * inner
     memory = _memory(opened.model, structure, shapes)
-    if recipe.search.reconstruction == "block":
+    if recipe.calibration.source == "self" and not isinstance(opened.source, InMemory):
+        memory = max(memory, 4 * sum(p.numel() for p in opened.model.parameters()))  # it writes the text whole
+    if recipe.search.reconstruction == "block" or recipe.transforms.learned:
         first = structure.linears[structure.blocks[0]]
         states = 2 * tokens * max(shapes[n][1] for n in first[:1])  # what goes into the block, and what is to come out
         memory = max(memory, 4 * (_COPIES * sum(math.prod(shapes[n]) for n in first) + states))
@@ -85,7 +88,7 @@ def estimate(source: str | Path | FloatModel, recipe: Recipe | str = "fpq", *, d
         memory = max(memory, gradient_memory(opened.model, structure, recipe.calibration.length))
     return Estimate(
         _bytes(opened, structure, shapes, recipe), opened.bytes_float, memory,
-        work / forward, work / _speed(torch.device(device)),
+        work / forward, work / _speed(target),
     )  # fmt: skip
 
 

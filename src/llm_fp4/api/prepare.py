@@ -146,6 +146,8 @@ def checked_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UnsupportedError(f"unknown device {name!r}; use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"device {name} is not implemented; use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError("device cuda: this PyTorch sees no CUDA device; use cpu")
     if device.type == "cuda" and (number := ranks.device_number()) is not None:

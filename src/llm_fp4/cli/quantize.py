@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,11 @@ from llm_fp4.cli.failures import Interrupted
 from llm_fp4.cli.prefix import prefix_line
 from llm_fp4.cli.render import print_facts, print_json, size
 from llm_fp4.cli.working import working
+from llm_fp4.errors import OutputError
 from llm_fp4.recipe import Recipe
+
+if TYPE_CHECKING:  # importing the library takes a second, which --help need not wait
+    from llm_fp4.api import Estimate
 
 
 class Propagation(StrEnum):
@@ -99,12 +103,11 @@ def quantize(
 
         if plan_only:
             if ranks.leads():
-                _plan(source, wish, device, as_json)
+                _plan(source, out, wish, device, as_json)
             return
         began = time.monotonic()
         try:
-            announced = wish.search.objective == "fisher" and not quiet and ranks.alone()
-            model = _announced(source, wish) if announced else source
+            model = _announced(source, out, wish, device) if not quiet and ranks.leads() else source
             with working(quiet or not ranks.leads()) as progress:
                 made = llm_fp4.quantize(model, out, wish, device=device, progress=progress)
         except KeyboardInterrupt:
@@ -139,22 +142,33 @@ def _print_result(made: Path, out: str, seconds: float, as_json: bool) -> None:
     print_budget(found.budget)
 
 
-def _announced(source: str, wish: Recipe) -> Any:
-    """Return the model of a run that differentiates it whole, opened, after saying what memory that takes."""
-    from llm_fp4.api import gradient_memory
+def _announced(source: str, out: str, wish: Recipe, device: str) -> Any:
+    """Return the model of a run, opened where no other process opens it too, after saying on stderr what the whole run costs."""
+    from llm_fp4.api import estimate, gradient_memory
     from llm_fp4.models import find_structure, open_model
 
+    if Path(out).exists():
+        return source  # refused, or found to be finished
     with working(True):
         opened = open_model(source)
+        cost = estimate(opened, wish, device=device)
+    typer.echo(f"{wish.name} {wish.widths}: {_work(cost)}, {_minutes(cost)} minutes, {_memory(cost)}", err=True)
+    if wish.search.objective == "fisher":
         need = gradient_memory(opened.model, find_structure(opened.model), wish.calibration.length)
-    typer.echo(f"objective fisher differentiates the whole float model first: about {size(need)} of memory", err=True)
-    return opened
+        typer.echo(f"objective fisher differentiates the whole float model first: about {size(need)} of memory", err=True)
+    return opened if ranks.alone() else source
 
 
-def _plan(source: str, wish: Recipe, device: str, as_json: bool) -> None:
-    """Print what a run would cost."""
+def _plan(source: str, out: str, wish: Recipe, device: str, as_json: bool) -> None:
+    """Print what a run would cost.
+
+    Raises:
+        OutputError: it would be refused, for there is something at ``out``.
+    """
     from llm_fp4.api import estimate
 
+    if Path(out).exists():
+        raise OutputError(f"{out} exists already; remove it or choose another output")
     cost = estimate(source, wish, device=device)
     if as_json:
         print_json(asdict(cost))
@@ -163,9 +177,20 @@ def _plan(source: str, wish: Recipe, device: str, as_json: bool) -> None:
         ("recipe", f"{wish.name} {wish.widths}"),
         *([("prefix", line)] if (line := prefix_line(wish.prefix_wish)) else []), ("float model", size(cost.float_bytes)),
         ("on disk", f"{size(cost.bytes)} ({cost.float_bytes / cost.bytes:.2f} times smaller)"),
-        ("memory", f"about {size(cost.memory)} beside the program"),
-        ("work", f"about {cost.passes:.0f} forward passes over the calibration tokens"), ("minutes", f"about {cost.seconds / 60:.1f}"),
+        ("memory", _memory(cost)), ("work", _work(cost)), ("minutes", _minutes(cost)),
     ])  # fmt: skip
+
+
+def _work(cost: Estimate) -> str:
+    return f"about {cost.passes:.0f} forward passes over the calibration tokens"
+
+
+def _minutes(cost: Estimate) -> str:
+    return f"about {cost.seconds / 60:.1f}"
+
+
+def _memory(cost: Estimate) -> str:
+    return f"about {size(cost.memory)} beside the program"
 
 
 def _counts(formats: Counter[str]) -> str:

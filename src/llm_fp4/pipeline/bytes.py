@@ -6,8 +6,10 @@ import math
 
 from torch import nn
 
+from llm_fp4.kernels import split_width
 from llm_fp4.models import Structure, WeightSource
 from llm_fp4.numerics import packed_width
+from llm_fp4.pipeline.learning import learnable
 from llm_fp4.pipeline.tied import shared_heads
 from llm_fp4.recipe import Recipe
 
@@ -15,7 +17,7 @@ from llm_fp4.recipe import Recipe
 def checkpoint_bytes(
     model: nn.Module, source: WeightSource, structure: Structure, shapes: dict[str, tuple[int, int]], recipe: Recipe
 ) -> int:
-    """Return the bytes of a checkpoint's tensors; channel shifts are counted wherever the search may choose them.
+    """Return the bytes of a checkpoint's tensors; channel shifts and learned maps are counted wherever there may be some.
 
     Args:
         shapes: (rows, columns) of every module a recipe can target.
@@ -36,6 +38,11 @@ def checkpoint_bytes(
         rule = None if name in structure.embeddings else recipe.rule(name, head=name in structure.outer_linears)
         if rule and rule.input_formats:
             total += 4 + (columns if rule.shift else 0)
+            if recipe.transforms.learned and learnable(rule) and name not in structure.outer_linears:
+                total += 4 * sum(side**2 for side in split_width(columns))
+        if rule and recipe.searched is not None and recipe.searched.bias_correction:
+            old = getattr(model.get_submodule(name), "bias", None)
+            total += 4 * rows - (0 if old is None else rows * source.dtype(f"{name}.bias").itemsize)
     return total
 
 

@@ -11,15 +11,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from llm_fp4 import ranks
 from llm_fp4.calibration import inputs_of, no_parameter_gradients
 from llm_fp4.models import BlockRunner, placed
 from llm_fp4.nn import linear_weight
 from llm_fp4.numerics import FloatFormat
 from llm_fp4.pipeline.steps import BlockSteps
+from llm_fp4.progress import Progress, silent
 from llm_fp4.recipe import ModuleRule, Recipe
 from llm_fp4.search import sink_ratio
 from llm_fp4.transforms import KroneckerTransform, SoftInput, SoftLinear
 
+STAGE = "learn the maps of a block's inputs"
 _CLIP_SPEED = 5.0  # clipping learns so many times faster than the maps
 _COOLED = 0.01  # the last step's share of the first one's length
 
@@ -27,13 +30,19 @@ Linears = dict[str, nn.Module]
 
 
 def learn_transforms(
-    runner: BlockRunner, name: str, groups: list[list[str]], linears: Linears, recipe: Recipe, steps: BlockSteps
+    runner: BlockRunner,
+    name: str,
+    groups: list[list[str]],
+    linears: Linears,
+    recipe: Recipe,
+    steps: BlockSteps,
+    tell: Progress = silent,
 ) -> dict[str, KroneckerTransform]:
     """Return the map of each input site of a block, by the site's name; none where no map beats the channels as they are.
 
     Args:
         runner: has the block ``name`` next, with real float weights. groups: names of the linears that share an input.
-        steps: the block's calibration data.
+        steps: the block's calibration data. tell: hears of every pass over it.
     """
     rules = {g[0]: recipe.rule(g[0]) for g in groups}
     sites = {s: g for s, g in zip(rules, groups, strict=True) if learnable(rules[s])}
@@ -41,14 +50,13 @@ def learn_transforms(
         return {}
     device = linear_weight(next(iter(linears.values()))).device
     generator = torch.Generator().manual_seed(recipe.seed ^ zlib.crc32(name.encode()))
-    tops = _tops(runner, name, {s: linears[s] for s in sites}, rules, recipe)
     weight_rules = {n: recipe.rule(n) for g in sites.values() for n in g}
 
     def made(learned: bool) -> tuple[dict[str, SoftInput], Linears]:
         inputs = {}
         for s in sites:
             width, fmt = linear_weight(linears[s]).shape[1], _format(rules[s].input_formats)
-            inputs[s] = SoftInput(width, fmt, generator, tops[s], learned, rules[s].input_blocks).to(device)
+            inputs[s] = SoftInput(width, fmt, generator, learned, rules[s].input_blocks).to(device)
         soft: Linears = {}
         for s, n in ((s, n) for s, g in sites.items() for n in g):
             weight, bias = linear_weight(linears[n]).detach().float(), getattr(linears[n], "bias", None)
@@ -60,8 +68,12 @@ def learn_transforms(
         with placed(runner.model, soft):
             return sum(float(steps.loss(step)) for step in steps)
 
-    before = loss(made(learned=False)[1])
+    as_they_are, plain = made(learned=False)
     inputs, soft = made(learned=True)
+    _static_scales(
+        runner, name, {s: linears[s] for s in sites if rules[s].granularity == "per_tensor"}, (as_they_are, inputs), recipe
+    )
+    before = loss(plain)
     if any(rules[s].input_blocks for s in sites):  # blocks keep an outlier to themselves, which a rotation may spread
         worse = loss(soft) > before
         for site in inputs.values():
@@ -69,8 +81,12 @@ def learn_transforms(
             if worse:
                 site.start_as_it_is()
     with no_parameter_gradients(steps.block), placed(runner.model, soft), torch.enable_grad():
-        after = _descend(steps, inputs, soft, recipe, generator)
-    return {s: site.transform() for s, site in inputs.items()} if after < before else {}
+        after = _descend(steps, inputs, soft, recipe, generator, tell)
+    before, after = ranks.leaders(torch.tensor([before, after], dtype=torch.float64)).tolist()
+    if after >= before:
+        return {}
+    maps = {s: site.transform() for s, site in inputs.items()}
+    return {s: KroneckerTransform(ranks.leaders(m.left), ranks.leaders(m.right)) for s, m in maps.items()}
 
 
 def learnable(rule: ModuleRule) -> bool:
@@ -78,7 +94,9 @@ def learnable(rule: ModuleRule) -> bool:
     return bool(rule.input_formats and rule.weight_formats) and not rule.transform
 
 
-def _descend(steps: BlockSteps, inputs: dict[str, SoftInput], soft: Linears, recipe: Recipe, generator: torch.Generator) -> float:
+def _descend(
+    steps: BlockSteps, inputs: dict[str, SoftInput], soft: Linears, recipe: Recipe, generator: torch.Generator, tell: Progress
+) -> float:
     """Learn all maps and clippings together; return the loss summed over the steps of the last pass."""
     rules = recipe.transforms
     maps = [p for site in inputs.values() for p in (site.left, site.right)]
@@ -87,7 +105,8 @@ def _descend(steps: BlockSteps, inputs: dict[str, SoftInput], soft: Linears, rec
     optimizer = torch.optim.Adam(speeds)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rules.epochs * len(steps), _COOLED * rules.learning_rate)
     total = float("inf")
-    for _ in range(rules.epochs):
+    for epoch in range(rules.epochs):
+        tell(STAGE, epoch, rules.epochs)
         total = 0.0
         for step in steps.shuffled(generator):
             loss = steps.loss(step)
@@ -98,23 +117,26 @@ def _descend(steps: BlockSteps, inputs: dict[str, SoftInput], soft: Linears, rec
             total += float(loss.detach())
             for site in inputs.values():
                 site.forget()
+    tell(STAGE, rules.epochs, rules.epochs)
     return total
 
 
-def _tops(
-    runner: BlockRunner, name: str, firsts: Linears, rules: dict[str, ModuleRule], recipe: Recipe
-) -> dict[str, Tensor | None]:
-    """Return the largest magnitude of each site's input, None where it will have no static scale (see ``search.sinks``)."""
-    tokens: dict[str, list[Tensor]] = {s: [] for s in firsts if rules[s].granularity == "per_tensor"}
-    for i in range(len(runner.batches)):
-        for s, parts in tokens.items():
-            parts += [x.abs().amax(-1).flatten() for x in inputs_of({s: firsts[s]}, partial(runner.run, name, i))]
-    found: dict[str, Tensor | None] = dict.fromkeys(firsts)
-    for s, parts in tokens.items():
-        absmax = torch.cat(parts)
-        sinks = recipe.inputs.sinks != "static" and sink_ratio(absmax) > recipe.inputs.sink_ratio
-        found[s] = None if sinks else absmax.amax()
-    return found
+def _static_scales(
+    runner: BlockRunner, name: str, firsts: Linears, variants: tuple[dict[str, SoftInput], ...], recipe: Recipe
+) -> None:
+    """Give the sites that start with the linears ``firsts`` a static scale, by the largest magnitude of what their maps make of
+    the input; none where sinks will ask for a scale per token (see ``search.sinks``)."""
+    found: list[dict[str, list[Tensor]]] = [{s: [] for s in firsts} for _ in variants]
+    for i in range(len(runner.batches) if firsts else 0):
+        for s in firsts:
+            for x in inputs_of({s: firsts[s]}, partial(runner.run, name, i)):
+                for inputs, parts in zip(variants, found, strict=True):
+                    parts[s].append(inputs[s].mapped(x.float()).abs().amax(-1).flatten())
+    for inputs, parts in zip(variants, found, strict=True):
+        for s, each in parts.items():
+            absmax = torch.cat(each)
+            sinks = recipe.inputs.sinks != "static" and sink_ratio(absmax) > recipe.inputs.sink_ratio
+            inputs[s].top = None if sinks else absmax.amax()
 
 
 def _format(candidates: tuple[FloatFormat, ...]) -> FloatFormat:

@@ -22,12 +22,15 @@ Runs = list[tuple[Callable[[], object], Tensor | None]]
 
 
 def shared_heads(structure: Structure, recipe: Recipe) -> dict[str, str]:
-    """Return head → embedding of the tied pairs that stay one stored tensor: both quantized, with the same candidate formats."""
+    """Return head → embedding of the tied pairs that stay one stored tensor: both quantized, with the same candidate formats, and
+    the head reading its input as it is (the weight behind a transform is another one)."""
     shared = {}
     for head, embedding in structure.tied.items():
         formats = recipe.embedding_formats() if recipe.selects(head) and recipe.selects(embedding) else ()
         rule = recipe.rule(head, head=True) if formats else None
-        if rule and rule.weight_formats == formats and rule.weight_blocks is None:  # embeddings have a scale a row
+        if rule is None or rule.weight_formats != formats or (rule.transform and rule.input_formats):
+            continue
+        if rule.weight_blocks is None:  # embeddings have a scale a row
             shared[head] = embedding
     return shared
 

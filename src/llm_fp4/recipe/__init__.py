@@ -1,9 +1,11 @@
 """Recipe: what the user wishes. Validated before anything is loaded; unknown keys are refused."""
 
 from llm_fp4.recipe.budget import Budget
+from llm_fp4.recipe.check import validated
 from llm_fp4.recipe.files import dump_recipe, load_recipe
+from llm_fp4.recipe.patterns import matches
 from llm_fp4.recipe.presets import PRESETS, SUMMARIES
-from llm_fp4.recipe.schema import ModuleRule, Recipe, matches
+from llm_fp4.recipe.schema import ModuleRule, Recipe
 from llm_fp4.recipe.sections import (
     FLOAT_BITS,
     AttentionRules,
@@ -16,7 +18,6 @@ from llm_fp4.recipe.sections import (
     ShiftRange,
     TransformRules,
     WeightRules,
-    validated,
 )
 
 __all__ = [

@@ -7,9 +7,9 @@ from pathlib import Path
 import yaml
 
 from llm_fp4.errors import RecipeError
+from llm_fp4.recipe.check import validated
 from llm_fp4.recipe.presets import PRESETS
 from llm_fp4.recipe.schema import Recipe
-from llm_fp4.recipe.sections import validated
 
 
 def load_recipe(name_or_path: str) -> Recipe:

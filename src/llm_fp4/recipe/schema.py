@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -12,6 +10,7 @@ from pydantic import Field, model_validator
 from llm_fp4.errors import RecipeError
 from llm_fp4.numerics import FloatFormat, PerBlock, formats_of_width, parse
 from llm_fp4.recipe.budget import Budget
+from llm_fp4.recipe.patterns import matches
 from llm_fp4.recipe.sections import (
     FLOAT_BITS,
     AttentionRules,
@@ -103,6 +102,18 @@ class Recipe(Strict):
             raise ValueError(
                 "search.compensation gptaq makes up for what earlier layers do to an input, and with propagation parallel they do nothing; use gptq"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_reach(self) -> Recipe:
+        """Refuse what would have no effect."""
+        if self.searched is None and (self.search.compensation != "none" or self.search.bias_correction):
+            key = "search.compensation" if self.search.compensation != "none" else "search.bias_correction"
+            raise ValueError(f"{key} goes with a search, and method {self.method} has none; use method fpq, or leave it out")
+        if self.transforms.online and self.transforms.rotation == "none":
+            raise ValueError("transforms.online serves what a rotation does not reach; set transforms.rotation to hadamard too")
+        if self.inputs.offset != "none" and self.inputs.granularity == "per_block":
+            raise ValueError("inputs.offset is not implemented with block scales; leave it out, or make inputs.granularity another")
         return self
 
     @model_validator(mode="after")
@@ -280,16 +291,3 @@ class Recipe(Strict):
         if unsigned := [f.name for f in chosen if not f.signed]:
             raise RecipeError(f"unsigned formats ({', '.join(unsigned)}) are not implemented for {what}; use signed ones")
         return chosen
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Return whether ``pattern`` selects module ``name``.
-
-    "re:REGEX" must match the whole name; otherwise a glob over the whole name or over its last parts.
-
-    >>> matches("down_proj", "model.layers.3.mlp.down_proj"), matches("model.layers.1.*", "model.layers.12.mlp")
-    (True, False)
-    """
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from llm_fp4.errors import RecipeError
 from llm_fp4.numerics import PerBlock, parse
+from llm_fp4.recipe.check import validated
 
 FLOAT_BITS = 16  # the width that means "left in float"
 
@@ -178,10 +179,11 @@ class SearchRules(Strict):
     the quantized blocks before, or the float model's own. ``compensation``: after the search, choose levels so that
     later columns make up for the errors of earlier ones ("gptq"), and all of them for what the quantized layers before did to the
     input ("gptaq", for which the float model's blocks run beside the quantized ones), or for the share ``inherited`` of it;
-    ``damping`` is added to the Hessian; ``sweeps`` of coordinate descent over levels and scales follow it, from ``starts``
-    different first scales. ``bias_correction``: a layer's bias takes the mean of its output error, which the search then leaves
-    out. ``reconstruction``: "block" then learns the rounding of each block's weights, their row scales and the inputs' scales together
-    by the error of the block's output, in ``reconstruction_epochs`` passes over the calibration data.
+    ``damping`` times its mean diagonal is added to the Hessian; ``sweeps`` of coordinate descent over levels and scales follow
+    it, from ``starts`` different first scales (of blocks, three at most). ``bias_correction``: a layer's bias takes the
+    mean of its output error, which the search then leaves out. ``reconstruction``: "block" then learns the rounding of each block's
+    weights, their row scales and the inputs' scales together by the error of the block's output, in ``reconstruction_epochs`` passes
+    over the calibration data.
     """
 
     objective: Literal["output", "fisher"] = "output"
@@ -233,17 +235,3 @@ class Override(Strict):
     _shifts = field_validator("shift_range")(_check_shift_range)
     _bits = field_validator("weight_bits", "activation_bits")(_check_bits)
     _formats = field_validator("weight_formats", "input_formats")(_check_formats)
-
-
-def validated(model: type[Any], data: Any, where: str) -> Any:
-    """Return ``model`` built from ``data``, or raise RecipeError with the first problem in one sentence."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(sorted(model.model_fields))
-            raise RecipeError(f"{where}: unknown key {place!r}; known at the top level: {known}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{where}: {place}: {message}") from None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from llm_fp4.errors import CalibrationError
 from llm_fp4.kernels.simulate import beyond
 from llm_fp4.plan import FixedWeight, InputPlan, SiteResult
 from llm_fp4.recipe import ModuleRule, Recipe
@@ -38,18 +42,19 @@ def search_site(
         name: the site. weights: (out, in) float32 of every operand. rules: what holds for every operand.
         fixed: operands whose weight is decided already. wanted: the float model's rows, for the error compensation.
     Raises:
-        NonFiniteError: the calibration input holds NaN or infinity.
+        NonFiniteError: the calibration input holds NaN or infinity. CalibrationError: error compensation needs more damping.
     """
     statistics.check()
     rule = next(iter(rules.values()))
     correct = recipe.searched is not None and recipe.searched.bias_correction
     statistics = replace(statistics, centered=True) if correct else statistics
     if rule.weight_blocks is not None and rule.weight_formats:
-        result = search_blocks(name, weights, statistics, rules, recipe, wanted)
-        result.bias = folded_biases(weights, statistics, result, None, correct)
+        with _told(name, recipe):
+            result = search_blocks(name, weights, statistics, rules, recipe, wanted)
+        result.bias = folded_biases(weights, replace(statistics, wanted=wanted), result, None, correct)
         return result
     per_token, ratio = scale_per_token(statistics, rule, recipe) if rule.input_formats else (False, None)
-    reason = ""
+    reason, read = "", statistics
     if per_token and rule.granularity != "per_token":
         reason = f"scale per token: the largest token is {ratio:.0f} times the median, which one static scale cannot span"
     if recipe.method in ("minmax", "smoothquant"):
@@ -67,19 +72,32 @@ def search_site(
         offset = None if chosen is None else chosen.offset
         if chosen is not None:
             rules = {n: r.model_copy(update={"input_formats": chosen.formats}) for n, r in rules.items()}
-        shifted = statistics.minus(offset)
+        read = shifted = statistics.minus(offset)
         result = descend(name, weights, shifted, rules, recipe.search, per_token=per_token, fixed=fixed)
         if recipe.search.compensation != "none":
-            compensate_site(weights, replace(shifted, wanted=wanted), result, recipe.search, fixed)
+            with _told(name, recipe):
+                compensate_site(weights, replace(shifted, wanted=wanted), result, recipe.search, fixed)
         result.rounded |= {n: f.values for n, f in (fixed or {}).items()}
-        result.bias = folded_biases(weights, shifted, result, offset, correct)
+        result.bias = folded_biases(weights, replace(shifted, wanted=wanted), result, offset, correct)
         if result.input is not None and offset is not None:
             result.input.spec, result.input.offset = replace(result.input.spec, offset=True), offset
         reason = "; ".join(r for r in (reason, why) if r)
     if result.input is not None:
         result.input.sink_ratio, result.input.reason = ratio, reason
-        result.input.clipped = _clipped(result.input, statistics, recipe.search.sample_tokens)
+        result.input.clipped = _clipped(result.input, read, recipe.search.sample_tokens)
     return result
+
+
+@contextmanager
+def _told(name: str, recipe: Recipe) -> Iterator[None]:
+    """Say in a sentence that a site's products have no triangular factor."""
+    try:
+        yield
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # which torch's stubs leave out
+        raise CalibrationError(
+            f"{name}: the products of its calibration input are singular to float precision under search.damping "
+            f"{recipe.search.damping:g}, so errors cannot be compensated; raise the damping"
+        ) from None
 
 
 def _clipped(plan: InputPlan, statistics: SiteStatistics, count: int) -> float | None:

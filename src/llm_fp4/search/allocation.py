@@ -81,7 +81,7 @@ def allocate(parts: Sequence[Part], pairs: Sequence[tuple[int, int]], limit: Map
             break
         bounds = {r: bounds[r] - 2 * max(excess, 0.0) for r, excess in over.items()}
         chosen = program.solve(goal, bounds)
-    if chosen is None:
+    if chosen is None or any(spent(parts, chosen, fixed_bytes)[r] > most * (1 + 1e-12) for r in rows):
         raise _infeasible(parts, program, name, most, rows, fixed_bytes)
     return chosen
 

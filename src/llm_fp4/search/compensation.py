@@ -126,6 +126,7 @@ def compensate_site(
     for n in weights:
         if n not in (fixed or {}):
             by_format.setdefault(result.weights[n].format, []).append(n)
+    errors = torch.zeros(2, dtype=torch.float64)  # of all operands, before and after
     for fmt, names in by_format.items():  # one pass over the columns for all operands of a format
         stacked = torch.cat([weights[n] for n in names]) if len(names) > 1 else weights[names[0]]
         scale = torch.cat([result.weights[n].scale for n in names])
@@ -134,8 +135,12 @@ def compensate_site(
         for n in names:
             rows = slice(start, start + len(weights[n]))
             found = partial(site_losses, statistics=statistics, choice=choice, gram=None if few_tokens(statistics) else gram)
-            result.rounded[n] = _better_rows(weights[n], values[rows], scale[rows], result.weights[n], found, statistics.outputs(n))
+            counts = statistics.outputs(n)
+            result.rounded[n], lost = _better_rows(weights[n], values[rows], scale[rows], result.weights[n], found, counts)
+            errors += lost
             start = rows.stop
+    if plan is not None and plan.error is not None and not fixed:
+        plan.error *= float(errors[1] / errors[0].clamp_min(1e-30))
 
 
 def _better_rows(
@@ -145,12 +150,14 @@ def _better_rows(
     plan: WeightPlan,
     losses: Callable[[Tensor, Callable[[slice], Tensor]], Tensor],
     counts: Tensor | None,
-) -> Tensor:
-    """Return the compensated rows, or the nearest levels for rows where these do less harm; update the plan."""
+) -> tuple[Tensor, Tensor]:
+    """Return the compensated rows, or the nearest levels for rows where these do less harm, and the (2,) errors of all rows before and
+    after; update the plan."""
     nearest = fake_quantize(weight, plan.scale.unsqueeze(1), plan.format)
     before, after = (losses(weight, v.__getitem__) for v in (nearest, values))
+    errors = [max(total(before, counts), 0.0), max(total(torch.minimum(before, after), counts), 0.0)]
     if plan.error is not None:
-        plan.error *= max(total(torch.minimum(before, after), counts), 0.0) / max(total(before, counts), 1e-30)
+        plan.error *= errors[1] / max(errors[0], 1e-30)
     better = after <= before
     plan.scale = torch.where(better, scale, plan.scale)
-    return torch.where(better.unsqueeze(1), values, nearest)
+    return torch.where(better.unsqueeze(1), values, nearest), torch.tensor(errors, dtype=torch.float64)

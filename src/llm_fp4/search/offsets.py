@@ -17,7 +17,7 @@ from llm_fp4.plan import SiteResult
 from llm_fp4.recipe import InputRules, ModuleRule
 from llm_fp4.search.grids import Grid
 from llm_fp4.search.inputs import InputChoice, OutputError, choose_input, maximum_choices
-from llm_fp4.statistics import SiteStatistics
+from llm_fp4.statistics import SiteStatistics, relative
 
 SKEW = 4.0  # an input is nearly non-negative where its largest value exceeds its smallest so many times,
 CHANNEL_SKEW = 2.0  # and, lest a single token decide that, 99 % quantiles of half of the channels their 1 % quantiles
@@ -89,6 +89,7 @@ def choose_variant(
     for variant in found:
         exact = OutputError(variant.shifted(rows), row_weight, list(weights.values()), counts, centered=statistics.centered)
         absmax = torch.maximum(variant.shifted(high).abs(), variant.shifted(low).abs())
+        absmax = relative(variant.shifted(rows)).amax(0) if per_token else absmax
         starts = maximum_choices(absmax, rule.model_copy(update={"input_formats": variant.formats}), per_token=per_token)
         losses.append(choose_input(exact.under(rounded), starts, grid)[0].loss)
     best = min(range(len(found)), key=losses.__getitem__)
@@ -104,7 +105,7 @@ def folded_biases(
     """Return what each operand's bias gains: ``W z`` of the input's offset z, and its mean output error where ``correct``.
 
     Args:
-        statistics: of the input after the offset was subtracted. result: with its rounded values.
+        statistics: of the input after the offset was subtracted, with what was wanted of it. result: with its rounded values.
     """
     if not correct and offset is None:
         return {}

@@ -132,7 +132,9 @@ def site_losses(
 
 
 def site_energy(weight: Tensor, statistics: SiteStatistics, counts: Tensor | None = None) -> float:
-    """Return the squared output of (out, in) ``weight`` over all calibration tokens, the cheaper way."""
+    """Return the squared output of (out, in) ``weight`` over all calibration tokens, the cheaper way, the input without its offset
+    subtracted: what the float layer gives."""
+    statistics = statistics.base or statistics
     if statistics.tokens.tokens < weight.shape[1]:
         return total(losses_by_tokens(weight, lambda rows: torch.zeros((), device=weight.device), statistics, None), counts)
     return output_energy(weight, statistics.gram, counts)

@@ -34,6 +34,12 @@ class Importance:
     outputs: dict[str, Tensor]
 
 
+def relative(rows: Tensor) -> Tensor:
+    """Return the magnitudes of (n, in) rows in units of each row's largest; a row of zeros stays one."""
+    magnitudes = rows.abs()
+    return magnitudes / magnitudes.amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+
+
 @dataclass
 class SiteStatistics:
     """Calibration of one input site.
@@ -101,6 +107,10 @@ class SiteStatistics:
         """(in,) largest magnitude of each channel."""
         return torch.stack([rows.abs().amax(0) for rows in self.chunks()]).amax(0)
 
+    def channel_maxima(self, per_token: bool) -> Tensor:
+        """Return the (in,) largest magnitude of each channel, under a scale per token in units of its token's own largest."""
+        return torch.stack([relative(rows).amax(0) for rows in self.chunks()]).amax(0) if per_token else self.channel_absmax
+
     @cached_property
     def channel_ranges(self) -> tuple[Tensor, Tensor, Tensor]:
         """(in,) smallest value, largest value and mean of each channel."""
@@ -109,11 +119,12 @@ class SiteStatistics:
         return low.amin(0), high.amax(0), (total.sum(0) / self.tokens.tokens).float()
 
     def means(self, quantize: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Return the (in,) float64 means of the rows and of what ``quantize`` makes of them; None leaves them as they are."""
+        """Return the (in,) float64 means of the rows that the float layer is to see and of what ``quantize`` makes of those that
+        arrive; None leaves these as they are."""
         n = self.tokens.channels
         exact, rounded = (torch.zeros(n, dtype=torch.float64, device=self.device) for _ in range(2))
-        for rows in self.chunks():
-            exact += rows.double().sum(0)
+        for rows, wanted in self.pairs():
+            exact += wanted.double().sum(0)
             rounded += rows.double().sum(0) if quantize is None else quantize(rows).double().sum(0)
         return exact / self.tokens.tokens, rounded / self.tokens.tokens
 
@@ -140,22 +151,21 @@ class SiteStatistics:
     def _sums(self, quantize: Callable[[Tensor], Tensor] | None, unit: Tensor | None = None, center: bool = False) -> Gram:
         n = self.tokens.channels
         own = ranks.own(n, n)
-        sum_q, sum_e, count = torch.zeros(n, device=self.device), torch.zeros(n, device=self.device), 0.0
         qq = torch.zeros(n, n, device=self.device)
         exact = quantize is None and self.wanted is None
         eq, ee = (None, None) if exact else (torch.zeros_like(qq), torch.zeros_like(qq))
+        middle = self._middle(quantize) if center else None
         for (rows, wanted), root in zip(self.pairs(), self.roots(), strict=True):
             q = rows if quantize is None else quantize(rows)
             levels: Tensor | None = None
-            if unit is not None and root is None and q.device.type == "cpu" and min(q.shape) >= _INT8_SIDE:
+            whole = unit is not None and root is None and middle is None
+            if unit is not None and whole and q.device.type == "cpu" and min(q.shape) >= _INT8_SIDE:
                 levels = (q * (1.0 / unit)).round_().to(torch.int8)
             e = None if exact else wanted - q
+            if middle is not None:  # before the products: the difference of large sums would lose the small ones
+                q, e = q - middle[0], None if e is None else e.sub_(middle[1])
             if root is not None:
                 q, e = q * root, None if e is None else e.mul_(root)
-            count += len(q) if root is None else float(root.square().sum())
-            sum_q += q.sum(0) if root is None else (q * root).sum(0)
-            if e is not None:
-                sum_e += e.sum(0) if root is None else (e * root).sum(0)
             for i in own:
                 if levels is None or unit is None:
                     add_upper(qq, q, i)
@@ -168,13 +178,19 @@ class SiteStatistics:
             if sums is not None:
                 unite_upper(sums)
                 mirror(sums)
-        eq = None if eq is None else ranks.united(eq)
-        if center:  # n times the products of the means
-            qq.addr_(sum_q, sum_q, alpha=-1.0 / max(count, 1e-30))
-            if eq is not None and ee is not None:
-                eq.addr_(sum_e, sum_q, alpha=-1.0 / max(count, 1e-30))
-                ee.addr_(sum_e, sum_e, alpha=-1.0 / max(count, 1e-30))
-        return Gram(qq, eq, ee)
+        return Gram(qq, None if eq is None else ranks.united(eq), ee)
+
+    def _middle(self, quantize: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Return the (in,) means of the rounded rows and of their errors, tokens weighed by their importance."""
+        q_sum, e_sum = (torch.zeros(self.tokens.channels, dtype=torch.float64, device=self.device) for _ in range(2))
+        count = 0.0
+        for (rows, wanted), root in zip(self.pairs(), self.roots(), strict=True):
+            q = rows if quantize is None else quantize(rows)
+            weight = q.new_ones(len(q), 1) if root is None else root.square()
+            q_sum += (q * weight).sum(0, dtype=torch.float64)
+            e_sum += ((wanted - q) * weight).sum(0, dtype=torch.float64)
+            count += float(weight.sum())
+        return (q_sum / max(count, 1e-30)).float(), (e_sum / max(count, 1e-30)).float()
 
     def forget(self) -> None:
         """Give back the memory of :attr:`gram`."""

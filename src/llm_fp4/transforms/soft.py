@@ -18,16 +18,19 @@ class SoftInput(nn.Module):
     """One input site: its map, a Kronecker product that starts as a random orthogonal one, and its clipping.
 
     Args:
-        width: channels. top: largest magnitude of the calibration input, for a static scale; None for a scale per token.
+        width: channels.
         learned: False keeps the channels as they are, for comparison. blocks: with scales of blocks instead; no clipping then.
+
+    Attributes:
+        top: () largest magnitude of the mapped calibration input, for a static scale; None for a scale per token.
     """
 
     def __init__(
-        self, width: int, fmt: FloatFormat, generator: torch.Generator, top: Tensor | None, learned: bool = True,
-        blocks: PerBlock | None = None,
-    ) -> None:  # fmt: skip
+        self, width: int, fmt: FloatFormat, generator: torch.Generator, learned: bool = True, blocks: PerBlock | None = None
+    ) -> None:
         super().__init__()
-        self.format, self.top, self.learned, self.blocks = fmt, top, learned, blocks
+        self.format, self.learned, self.blocks = fmt, learned, blocks
+        self.top: Tensor | None = None
         self.left, self.right = (nn.Parameter(orthogonal(n, generator)) for n in split_width(width))
         self.clip = nn.Parameter(torch.tensor(_START))
         self._read: Tensor | None = None
@@ -36,9 +39,12 @@ class SoftInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., in) ``x`` mapped and rounded; siblings that read the same tensor share the result."""
         if self._read is not x or self._rounded is None:
-            mapped = kronecker(x, self.left, self.right) if self.learned else x
-            self._read, self._rounded = x, _soft(mapped, self.format, self.blocks, self.clip, self.top)
+            self._read, self._rounded = x, _soft(self.mapped(x), self.format, self.blocks, self.clip, self.top)
         return self._rounded
+
+    def mapped(self, x: Tensor) -> Tensor:
+        """Return (..., in) ``x`` mapped."""
+        return kronecker(x, self.left, self.right) if self.learned else x
 
     def weight(self, weight: Tensor) -> Tensor:
         """Return the (out, in) ``weight`` that reads the mapped input."""

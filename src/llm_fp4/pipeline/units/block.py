@@ -64,7 +64,8 @@ def _quantize(work: Workspace, name: str, plans: dict[str, Any]) -> None:
     groups = split_sites(shared_inputs(selected, lambda: run(0), rare, later), selected, recipe, rare=rare)
     # an expert's input reaches it in no order that a block's output could teach
     common = [g for g in groups if g[0] not in rare]
-    maps = learn_transforms(work.runner, name, common, selected, recipe, steps) if steps and recipe.transforms.learned else {}
+    learning = steps is not None and recipe.transforms.learned
+    maps = learn_transforms(work.runner, name, common, selected, recipe, steps, work.progress) if steps and learning else {}
     steps = steps if rebuilt else None
     # tokens reach other experts in the float model
     wanted = work.floats.block(name, {g[0]: selected[g[0]] for g in common}) if work.floats is not None else {}
@@ -82,7 +83,7 @@ def _quantize(work: Workspace, name: str, plans: dict[str, Any]) -> None:
         work.replace(site)
     attention.place()
     if steps:
-        reconstruct(work.model, name, replaced + decided, steps, recipe, plans)
+        reconstruct(work.model, name, replaced + decided, steps, recipe, plans, work.progress)
         for site in replaced + decided:
             work.replace(site)
     if work.sequential:
