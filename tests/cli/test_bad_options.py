@@ -110,7 +110,11 @@ def test_evaluation_that_cannot_be(refused: Any, source: Path, text: Path, tmp_p
     assert "set a length of 256" in refused("eval", source, "--text", text, "--length", "512", "--quiet")
     (tmp_path / "short.txt").write_text("abc")
     assert "not one window of 64" in refused("eval", source, "--text", tmp_path / "short.txt", "--length", "64", "--quiet")
-    assert "does not exist" in refused("eval", source, "--text", tmp_path / "no.txt", "--quiet")
+    assert "--text" in refused(
+        "eval", tmp_path / "no-model", "--text", tmp_path / "no.txt", "--quiet"
+    )  # told before anything is loaded
+    assert "--table" in refused("eval", tmp_path / "no-model", "--table", tmp_path / "no.csv", "--quiet")
+    assert "holds no config.json" in refused("eval", tmp_path / "no-model", "--text", text, "--card", "--quiet")
     assert "no.jsonl" in refused("eval", source, "--zeroshot", tmp_path / "no.jsonl", "--quiet")
 
 

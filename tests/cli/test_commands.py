@@ -246,7 +246,35 @@ def test_figures_go_into_the_model_card(
     assert again.count("| perplexity |") == 1
     assert "| odd_questions | acc |" in again
     assert "KL to the float model" in again
-    assert "is a float model" in refused("eval", source, "--text", text, "--card", "--quiet")
+    assert "is not quantized" in refused("eval", source, "--text", text, "--card", "--quiet")
+
+
+def test_contexts_go_into_the_model_card(llm_fp4: Any, checkpoint: Path, text: Path) -> None:
+    result = llm_fp4("eval", checkpoint, "--text", text, "--context", "16,32", "--card", "--quiet", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["context"]["16"]["model"]["perplexity"]
+    assert f"| text.txt, context of 16 tokens | perplexity | {found:.4g} |" in (checkpoint / "README.md").read_text()
+
+
+def test_what_was_measured_is_told_where_a_later_part_fails(llm_fp4: Any, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    result = llm_fp4(
+        "eval",
+        checkpoint,
+        "--text",
+        text,
+        "--length",
+        "32",
+        "--windows",
+        "2",
+        "--zeroshot",
+        tmp_path / "bad.jsonl",
+        "--quiet",
+        "--json",
+    )
+    assert result.exit_code == 1
+    assert "bad.jsonl" in result.stderr
+    assert json.loads(result.stdout)["text"]["model"]["tokens"] > 0
 
 
 def test_inspect_says_what_a_checkpoint_was_made_from(llm_fp4: Any, checkpoint: Path) -> None:

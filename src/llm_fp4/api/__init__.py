@@ -2,7 +2,7 @@
 
 from llm_fp4.api.activations import SiteActivations, activation_statistics
 from llm_fp4.api.benchmarking import Benchmark, Machine, Speed, benchmark
-from llm_fp4.api.card import add_figures, card_rows
+from llm_fp4.api.card import add_figures, card_rows, check_card
 from llm_fp4.api.estimating import Estimate, estimate
 from llm_fp4.api.evaluating import answer_questions, evaluate, evaluate_contexts
 from llm_fp4.api.exporting import Exported, export, hold
@@ -36,6 +36,7 @@ __all__ = [
     "answer_questions",
     "benchmark",
     "card_rows",
+    "check_card",
     "diagnose",
     "draw_activations",
     "estimate",

@@ -74,11 +74,11 @@ def source_card(opened: FloatModel) -> dict[str, Any]:
     return front if isinstance(front, dict) else {}
 
 
-def add_figures(folder: Path, rows: list[tuple[str, str, str]]) -> Path:
-    """Write ``rows`` (measured on, what, value) into the card's table, over older ones of the same first two, and return its path.
+def check_card(folder: Path) -> tuple[str, str, str]:
+    """Return the card of a checkpoint before, between and after the lines that figures are written between.
 
     Raises:
-        CheckpointError: ``folder`` is no checkpoint of ours, or its card has no place for figures. OutputError: it cannot be written.
+        CheckpointError: ``folder`` is no checkpoint of ours, or its card has no place for figures.
     """
     read_config(folder)
     path = folder / FILE
@@ -87,6 +87,17 @@ def add_figures(folder: Path, rows: list[tuple[str, str, str]]) -> Path:
     old, end, after = rest.partition(_END)
     if not begin or not end:
         raise CheckpointError(f"{path} has no lines {_BEGIN} and {_END} to write between; add them, or quantize again")
+    return before, old, after
+
+
+def add_figures(folder: Path, rows: list[tuple[str, str, str]]) -> Path:
+    """Write ``rows`` (measured on, what, value) into the card's table, over older ones of the same first two, and return its path.
+
+    Raises:
+        CheckpointError: see :func:`check_card`. OutputError: it cannot be written.
+    """
+    before, old, after = check_card(folder)
+    path = folder / FILE
     cells = [tuple(c.strip() for c in line.strip("| ").split(" | ")) for line in old.splitlines() if line.startswith("| ")]
     kept = {c[:2]: c[2] for c in cells if len(c) == 3 and c[0] not in ("measured on", "---")}
     kept |= {(on, what): value for on, what, value in rows}
@@ -106,9 +117,10 @@ def card_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
             if v is not None
         )
 
-    if text := result.get("text"):
-        on = f"{Path(text['file']).name}, windows of {text['length']} tokens"
-        m, flat = text["model"], text.get("float", {})
+    texts = [(f"{Path(t['file']).name}, windows of {t['length']} tokens", t) for t in [result.get("text")] if t]
+    texts += [(f"{Path(result['context_file']).name}, context of {n} tokens", t) for n, t in result.get("context", {}).items()]
+    for on, found in texts:
+        m, flat = found["model"], found.get("float", {})
         add(on, perplexity=m["perplexity"], perplexity_of_the_float_model=flat.get("perplexity"), KL_to_the_float_model=m.get("kl"),
             top_1_agreement=m.get("top1"), tokens=m["tokens"])  # fmt: skip
     for kind in ("zeroshot", "tasks"):

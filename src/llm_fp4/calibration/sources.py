@@ -20,23 +20,25 @@ READERS: dict[str, Callable[[Path], Iterator[Stretch]]] = {
 }
 
 
-def documents(source: str | Path) -> Iterator[Stretch]:
+def documents(source: str | Path, what: str = "calibration source") -> Iterator[Stretch]:
     """Return ``(text, begins)`` stretches of a file, known by its ending, or else of a hub data set.
 
+    Args:
+        what: the text is, for messages.
     Raises:
         CalibrationError: a missing file, a directory or an unknown ending; while iterating, unreadable content.
     """
     path, name = Path(source), str(source)
     reader = next((reader for ending, reader in READERS.items() if path.name.lower().endswith(ending)), None)
     if path.is_dir():
-        raise CalibrationError(f"calibration source {name} is a directory; name one file in it ({', '.join(READERS)})")
+        raise CalibrationError(f"{what} {name} is a directory; name one file in it ({', '.join(READERS)})")
     if path.exists():
         if reader is None:
             raise CalibrationError(f"{name} has an ending that is not known; use one of {', '.join(READERS)}")
         return reader(path)
     looks_like_path = reader is not None or path.is_absolute() or name.startswith(".") or name.count("/") > 1
     if looks_like_path:
-        raise CalibrationError(f"calibration source {name} does not exist; check the path")
+        raise CalibrationError(f"{what} {name} does not exist; check the path")
     if not name.strip():
-        raise CalibrationError("calibration source is empty; name a file, a hub data set or 'self'")
+        raise CalibrationError(f"{what} is empty; name a file, a hub data set or 'self'")
     return read_hub(name)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from llm_fp4.calibration.sources import documents
 from llm_fp4.cli import options
-from llm_fp4.cli.render import print_json, print_table
+from llm_fp4.cli.figures import show
+from llm_fp4.cli.render import print_json
 from llm_fp4.cli.working import working
-from llm_fp4.errors import CalibrationError, CheckpointError
+from llm_fp4.errors import CalibrationError
+from llm_fp4.progress import Progress
 
 
 def evaluate(
@@ -136,54 +140,82 @@ def evaluate(
     if (images is None) != (labels is None) or (audio is None) != (transcripts is None):
         raise typer.BadParameter("--images needs --labels, and --audio needs --transcripts")
     if text is None and images is None and reference is not None:
-        raise typer.BadParameter("--reference compares predictions on a text; add --text")
+        raise typer.BadParameter("--reference compares predictions on a text or on images; add --text or --images")
     if include_path is not None and not tasks:
         raise typer.BadParameter("--include-path says where tasks are; name them with --tasks")
     lengths = _lengths(context, text)
+    if text is not None:
+        documents(text, "--text")  # what is missing is told before a model is loaded for it
+    files = {"--images": images, "--labels": labels, "--audio": audio, "--transcripts": transcripts, "--table": table}
+    _check_present([*files.items(), *(("--zeroshot", file) for file in zeroshot or [])])
+    from llm_fp4 import api
+
+    if card:
+        api.check_card(Path(path))
+    result: dict[str, Any] = {"path": path}
+    warnings: list[str] = []
+    try:
+        with working(quiet) as progress:
+            _measure(
+                result, path, text=text, reference=reference, length=length, windows=windows, lengths=lengths, chunk=chunk,
+                zeroshot=zeroshot, tasks=tasks, include_path=include_path, limit=limit, images=images, labels=labels, table=table,
+                audio=audio, transcripts=transcripts, device=device, progress=progress, warn=warnings.append,
+            )  # fmt: skip
+    finally:  # where a part fails, those before it are told all the same
+        result |= {"warnings": warnings} if warnings else {}
+        if len(result) > 1 and as_json:
+            print_json(result)
+        elif len(result) > 1:
+            show(result, path)
+    if card:
+        api.add_figures(Path(path), api.card_rows(result))
+
+
+def _measure(
+    result: dict[str, Any], path: str, *, text: str | None, reference: str | None, length: int, windows: int | None, lengths: list[int],
+    chunk: int | None, zeroshot: list[str] | None, tasks: str | None, include_path: str | None, limit: int | None, images: str | None,
+    labels: str | None, table: str | None, audio: str | None, transcripts: str | None, device: str, progress: Progress,
+    warn: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Measure the model ``path`` on everything that is named, one part of ``result`` after the other."""
     from llm_fp4 import api
     from llm_fp4.evaluation import evaluate_tasks
 
-    result: dict[str, Any] = {"path": path}
-    warnings: list[str] = []
-    with working(quiet) as progress:
-        loaded = api.load_any(path, device=device, progress=progress)
-        if card and not loaded.quantized:
-            raise CheckpointError(f"{path} is a float model; --card writes into the card of a checkpoint of llm-fp4")
-        rules: dict[str, Any] = {"text": text, "chunk": chunk, "device": device, "progress": progress, "warn": warnings.append}
-        if text is not None and lengths:
-            flat = None if reference is None else api.load_any(reference, device=device, progress=progress)
-            measured = api.evaluate_contexts(loaded, lengths, reference=flat, windows=windows or 1, **rules)
-            result["context"] = {
-                length: _with_gap({name: asdict(each) for name, each in metrics.items()}) for length, metrics in measured.items()
-            }
-        elif text is not None:
-            metrics = api.evaluate(loaded, reference=reference, length=length, windows=windows, **rules)
-            shown = _with_gap({name: asdict(each) for name, each in metrics.items()})
-            result["text"] = {"file": text, "length": length, **shown}
-        if zeroshot:
-            answers = api.answer_questions(loaded, zeroshot, limit=limit, progress=progress)
-            result["zeroshot"] = {name: asdict(each) for name, each in answers.items()}
-        if tasks:
-            if loaded.tokenizer is None:
-                raise CalibrationError(f"{path} has no tokenizer, which tasks need; save one beside the model")
-            names = [t.strip() for t in tasks.split(",") if t.strip()]
-            result["tasks"] = evaluate_tasks(loaded.model, loaded.tokenizer, names, limit, include_path)
-        if images is not None and labels is not None:
-            flat = None if reference is None else api.load_any(reference, device=device, progress=progress)
-            judged = api.judge_images(loaded, images, labels, flat, limit)
-            result["images"] = {name: asdict(each) for name, each in judged.items()}
-        if table is not None:
-            result["table"] = api.judge_table(loaded, table, limit)
-        if audio is not None and transcripts is not None:
-            result["audio"] = api.judge_speech(loaded, audio, transcripts, limit)
-    if card:
-        api.add_figures(Path(path), api.card_rows(result))
-    if warnings:
-        result["warnings"] = warnings
-    if as_json:
-        print_json(result)
-    else:
-        _show(result, path)
+    loaded = api.load_any(path, device=device, progress=progress)
+    rules: dict[str, Any] = {"text": text, "chunk": chunk, "device": device, "progress": progress, "warn": warn}
+    if text is not None and lengths:
+        flat = None if reference is None else api.load_any(reference, device=device, progress=progress)
+        measured = api.evaluate_contexts(loaded, lengths, reference=flat, windows=windows or 1, **rules)
+        result["context_file"] = text
+        result["context"] = {
+            length: _with_gap({name: asdict(each) for name, each in metrics.items()}) for length, metrics in measured.items()
+        }
+    elif text is not None:
+        metrics = api.evaluate(loaded, reference=reference, length=length, windows=windows, **rules)
+        shown = _with_gap({name: asdict(each) for name, each in metrics.items()})
+        result["text"] = {"file": text, "length": length, **shown}
+    if zeroshot:
+        answers = api.answer_questions(loaded, zeroshot, limit=limit, progress=progress)
+        result["zeroshot"] = {name: asdict(each) for name, each in answers.items()}
+    if tasks:
+        if loaded.tokenizer is None:
+            raise CalibrationError(f"{path} has no tokenizer, which tasks need; save one beside the model")
+        names = [t.strip() for t in tasks.split(",") if t.strip()]
+        result["tasks"] = evaluate_tasks(loaded.model, loaded.tokenizer, names, limit, include_path)
+    if images is not None and labels is not None:
+        flat = None if reference is None else api.load_any(reference, device=device, progress=progress)
+        judged = api.judge_images(loaded, images, labels, flat, limit)
+        result["images"] = {name: asdict(each) for name, each in judged.items()}
+    if table is not None:
+        result["table"] = api.judge_table(loaded, table, limit)
+    if audio is not None and transcripts is not None:
+        result["audio"] = api.judge_speech(loaded, audio, transcripts, limit)
+
+
+def _check_present(files: Iterable[tuple[str, str | None]]) -> None:
+    for option, file in files:
+        if file is not None and not Path(file).exists():
+            raise CalibrationError(f"{option} {file} does not exist; check the path")
 
 
 def _lengths(context: str | None, text: str | None) -> list[int]:
@@ -203,40 +235,3 @@ def _with_gap(metrics: dict[str, Any]) -> dict[str, Any]:
     if "float" not in metrics:
         return metrics
     return metrics | {"gap": math.log(metrics["model"]["perplexity"] / metrics["float"]["perplexity"])}
-
-
-def _show(result: dict[str, Any], path: str) -> None:
-    rows: list[tuple[Any, ...]]
-    if "text" in result:
-        text = result["text"]
-        rows = [
-            (path if name == "model" else "float reference", m["perplexity"], m["kl"], m["top1"], m["tokens"])
-            for name, m in text.items() if name in ("float", "model")
-        ]  # fmt: skip
-        print_table(("model", "perplexity", "KL (nats)", "top-1 agreement", "tokens"), rows)
-        if "gap" in text:
-            print(f"ln(perplexity / float perplexity) = {text['gap']:.4f}")
-    if "context" in result:
-        columns = ("context", "perplexity", "float", "ln ratio", "KL (nats)", "top-1 agreement", "tokens")
-        rows = []
-        for length, found in result["context"].items():
-            m, flat = found["model"], found.get("float", {}).get("perplexity")
-            rows.append((length, m["perplexity"], flat, found.get("gap"), m["kl"], m["top1"], m["tokens"]))
-        print_table(columns, rows)
-    for sentence in result.get("warnings", []):
-        print(f"warning: {sentence}")
-    if "images" in result:
-        rows = [
-            (path if n == "model" else "float reference", m["top1"], m["top5"], m["agreement"], m["n"])
-            for n, m in result["images"].items()
-        ]
-        print_table(("model", "top-1", "top-5", "agreement", "images"), rows)
-    for what in ("table", "audio"):
-        if what in result:
-            print_table(("metric", "value"), [(n, v) for n, v in result[what].items() if n != "texts"])
-    if "zeroshot" in result:
-        rows = [(name, z["acc"], z["acc_norm"], z["n"]) for name, z in result["zeroshot"].items()]
-        print_table(("questions", "acc", "acc_norm", "n"), rows)
-    if "tasks" in result:
-        rows = [(task, name, value) for task, values in result["tasks"].items() for name, value in values.items()]
-        print_table(("task", "metric", "value"), rows)

@@ -23,7 +23,12 @@ BitsOption = Annotated[
 ]  # fmt: skip
 LmHeadBits = Annotated[
     int | None,
-    typer.Option("--lm-head-bits", metavar="N", show_default=False, help="Bits of the output head's weight.  [default: as weight]"),
+    typer.Option(
+        "--lm-head-bits",
+        metavar="N",
+        show_default=False,
+        help="Bits of the output head's weight.  [default: the recipe's, or as weight]",
+    ),
 ]
 CalibrationSource = Annotated[
     str | None,

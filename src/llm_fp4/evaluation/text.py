@@ -78,7 +78,7 @@ def read_tokens(
     Raises:
         CalibrationError: missing, unreadable or empty.
     """
-    stretches: Iterable[tuple[str, bool]] = documents(source)
+    stretches: Iterable[tuple[str, bool]] = documents(source, "evaluation text")
     if wikitext is not False:
         stretches = _plain(stretches, wikitext)
     read = token_stream(stretches, tokenizer, tokens, progress, "read evaluation text")

@@ -63,8 +63,9 @@ class SoftInput(nn.Module):
         self._read = self._rounded = None
 
     def transform(self) -> KroneckerTransform:
-        """Return the map as it is now."""
-        return KroneckerTransform(self.left.detach().clone(), self.right.detach().clone())
+        """Return the map as it is now, laid out as a checkpoint gives it back: products of another layout round otherwise."""
+        left, right = (m.detach().clone(memory_format=torch.contiguous_format) for m in (self.left, self.right))
+        return KroneckerTransform(left, right)
 
 
 class SoftLinear(nn.Module):
