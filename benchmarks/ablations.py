@@ -12,7 +12,6 @@ photographs, that of SmolLM2 equal next tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import HERE, WORK, record, smollm2, spread, texts
+from common import WORK, record, recorded, smollm2, spread, texts
 from learned_formats import learned_formats
 from vit import MODEL, pixels
 
@@ -150,8 +149,7 @@ def main() -> None:
     if strange := set(options.only or ()) - set(rows):
         raise SystemExit(f"no row {sorted(strange)[0]!r}; there are {', '.join(rows)}")
     wanted = options.only or options.recipe or list(rows)
-    path = HERE / "results" / f"ablations-{options.model}.json"
-    known = {r["row"]: r for r in (json.loads(path.read_text())["rows"] if path.is_file() else [])}
+    known = {r["row"]: r for r in recorded(f"ablations-{options.model}")}
     measure, learn = vit() if options.model == "vit" else language()
     same: dict[tuple[str, int], dict[str, float]] = {}  # several questions have the base as an answer
     for name in wanted:

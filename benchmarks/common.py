@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -19,7 +20,7 @@ from llm_fp4.models import open_model
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "build" / "benchmarks"
-DATA = HERE.parent.parent / "shared" / "data"  # optional: WikiText, PTB and zero-shot items
+DATA = Path(os.environ.get("LLM_FP4_DATA", HERE.parent.parent / "shared" / "data"))  # optional; see README.md here
 ALICE = HERE.parent / "examples" / "data" / "alice.txt"
 
 
@@ -44,10 +45,13 @@ def smollm2() -> Path:
     return folder
 
 
+WIKITEXT = DATA / "text" / "wikitext2_valid_tokenized.txt"
+TEXT = WIKITEXT if WIKITEXT.is_file() else ALICE
+
+
 def texts(tokenizer: Any, length: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (windows, length) of calibration and of held-out text: the second and the first half of WikiText-2 validation, or of Alice."""
-    wikitext = DATA / "text" / "wikitext2_valid_tokenized.txt"
-    tokens = read_tokens(wikitext if wikitext.is_file() else ALICE, tokenizer)
+    tokens = read_tokens(TEXT, tokenizer)
     all_windows = tokens[: len(tokens) // length * length].view(-1, length)
     half = len(all_windows) // 2
     return all_windows[half:], all_windows[:half]
@@ -58,15 +62,19 @@ def spread(windows: torch.Tensor, count: int) -> torch.Tensor:
     return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
 
 
+def recorded(name: str) -> list[dict[str, Any]]:
+    """Return the rows of ``benchmarks/results/NAME.json``, none where there is no such file."""
+    path = HERE / "results" / f"{name}.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return [{"command": "an earlier one, before rows held their own", **row} for row in rows]
+
+
 def record(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write ``rows`` with the command that made them to ``benchmarks/results/NAME.json``."""
+    """Write ``rows`` to ``benchmarks/results/NAME.json``, each with the command and the date that made it."""
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
     command = "python " + shlex.join([str(Path(sys.argv[0]).name), *sys.argv[1:]])
-    data = {
-        "command": f"cd benchmarks && {command}",
-        "date": time.strftime("%Y-%m-%d"),
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-    }
+    own = {"command": f"cd benchmarks && {command}", "date": time.strftime("%Y-%m-%d")}
+    data = {**own, "threads": torch.get_num_threads(), "text": TEXT.name}
+    data["rows"] = [{**({} if "command" in row else own), **row} for row in rows]
     (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")

@@ -10,7 +10,6 @@ N bits, which are read back in pieces of 64 tokens, so from position 512 on past
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import statistics
@@ -18,7 +17,7 @@ import time
 from typing import Any
 
 import torch
-from common import HERE, WORK, record, smollm2, spread, texts
+from common import WORK, record, recorded, smollm2, spread, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llm_fp4
@@ -72,8 +71,7 @@ def main() -> None:
     calibration, held_out = texts(tokenizer)
     tokens, text = spread(calibration, a.sequences), held_out.flatten()
     rows: list[dict[str, Any]] = []
-    found_file = HERE / "results" / f"{a.name}.json"
-    kept = {r["row"]: r for r in json.loads(found_file.read_text())["rows"]} if a.keep and found_file.is_file() else {}
+    kept = {r["row"]: r for r in recorded(a.name)} if a.keep else {}
     for name in a.rows:
         row, _, chunk = name.partition("@")
         out = WORK / f"context-{row.replace('/', '-').replace(':', '-')}"

@@ -26,7 +26,7 @@ from typing import Any
 
 import engine_runs
 import torch
-from common import HERE, WORK, record, smollm2, spread, texts
+from common import WORK, record, recorded, smollm2, spread, texts
 from engine_runs import VOCABULARY, Logits, q8_0
 from torch import Tensor
 from torch.nn.functional import linear
@@ -171,8 +171,7 @@ def main() -> None:
     _, held = texts(open_tokenizer(smollm2()), 256)
     prompt = torch.randint(0, VOCABULARY, (options.prompt,), generator=torch.Generator().manual_seed(0))
     result = f"engines-{options.engine}"
-    earlier = HERE / "results" / f"{result}.json"
-    rows = {row["checkpoint"]: row for row in json.loads(earlier.read_text())["rows"]} if earlier.is_file() else {}
+    rows = {row["checkpoint"]: row for row in recorded(result)}
     with torch.inference_mode():
         for name in options.checkpoints or ENGINES[options.engine][1]:
             rows[name] = compare(options.engine, name, spread(held, options.windows), prompt, options.new)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import DATA, HERE, WORK, record
+from common import DATA, WORK, record, recorded
 from minilm import minilm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -145,8 +144,7 @@ def main() -> None:
     name, metric = options.task, TASKS[options.task].metric
     train, dev = tables(name)
     source = classifier(name, train)
-    path = HERE / "results" / f"glue-{name}.json"
-    rows = {r["recipe"]: r for r in (json.loads(path.read_text())["rows"] if path.is_file() else [])}
+    rows = {r["recipe"]: r for r in recorded(f"glue-{name}")}
     for row in ("float", *(options.only or ROWS)):
         began, model = time.monotonic(), source
         if row != "float":

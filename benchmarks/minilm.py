@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import DATA, HERE, record
+from common import DATA, record, recorded
 from vit import rule
 
 import llm_fp4
@@ -72,9 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     calibration, spearman = task(options.pairs, options.calibration)
     result = "minilm" if options.pairs == 1500 else f"minilm-{options.pairs}"
-    path = HERE / "results" / f"{result}.json"
-    old = json.loads(path.read_text())["rows"] if path.is_file() else []
-    rows = {r["recipe"]: r for r in old if r["pairs"] == options.pairs and r["calibration"] == options.calibration}
+    rows = {r["recipe"]: r for r in recorded(result) if r["pairs"] == options.pairs and r["calibration"] == options.calibration}
     reference = 0.0
     for name in ("float", *(options.only or RECIPES)):
         began = time.monotonic()

@@ -13,7 +13,6 @@ three at that moment: their ratio is the cost.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from ablations import Measure, language, vit
-from common import HERE, record, smollm2, spread, texts
+from common import record, recorded, smollm2, spread, texts
 from minilm import minilm, task
 from vit import MODEL, pixels
 
@@ -125,8 +124,7 @@ def main() -> None:
     rows = rows_of(options.model)
     if strange := set(options.only or ()) - set(rows):
         raise SystemExit(f"no row {sorted(strange)[0]!r}; there are {', '.join(rows)}")
-    path = HERE / "results" / f"rungs-{options.model}.json"
-    known = {r["row"]: r for r in (json.loads(path.read_text())["rows"] if path.is_file() else [])}
+    known = {r["row"]: r for r in recorded(f"rungs-{options.model}")}
     measure = sentences() if options.model == "minilm" else (vit() if options.model == "vit" else language())[0]
     once = float_pass(options.model)
     for name in options.only or rows:

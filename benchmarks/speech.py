@@ -11,7 +11,6 @@ model's, given what the float model heard; word error rate: over the words of al
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, HERE, WORK, record
+from common import DATA, HERE, WORK, record, recorded
 
 import llm_fp4
 from llm_fp4.api import load_any
@@ -90,8 +89,7 @@ def main() -> None:
     clean = [i for i in range(len(files)) if i != odd]
     inputs = heard(flat.model, [every[i] for i in clean])
     expected = guesses(flat.model, [every[i] for i in clean], inputs)
-    path = HERE / "results" / "speech.json"
-    rows = {r["row"]: r for r in (json.loads(path.read_text())["rows"] if path.is_file() else [])}
+    rows = {r["row"]: r for r in recorded("speech")}
     said = [truth[files[i].stem] for i in clean]
     for row in ("float", *(options.only or ROWS)):
         began = time.monotonic()

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, HERE, record
+from common import DATA, record, recorded
 
 import llm_fp4
 from llm_fp4.api import load_any
@@ -71,9 +69,7 @@ def main() -> None:
     calibration, images, labels = pixels(options.images, options.calibration)
     batches = [{"pixel_values": part} for part in images.split(25)]
     flat = class_logits(load_any(MODEL).model, batches, "float")
-    path = HERE / "results" / "vit.json"
-    old = json.loads(Path(path).read_text())["rows"] if path.is_file() else []
-    rows = {r["recipe"]: r for r in old if r["images"] == options.images and r["calibration"] == options.calibration}
+    rows = {r["recipe"]: r for r in recorded("vit") if r["images"] == options.images and r["calibration"] == options.calibration}
     for name in ("float", *(options.only or RECIPES)):
         began = time.monotonic()
         logits = flat

@@ -2,7 +2,7 @@
 
     python benchmarks/zeroshot.py [--bits 4/4/4 4/4/8 4/4/16 8/8/8] [--items 100] [--sequences 8] [--rounds 1]
 
-Needs the items of ``../shared/data/zeroshot`` (``query``, ``choices``, ``gold``); ``acc`` as in the paper.
+Needs ``zeroshot/*.jsonl`` of the data that README.md here lists (``query``, ``choices``, ``gold``); ``acc`` as in the paper.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def main() -> None:
     arguments.add_argument("--name", default="zeroshot")
     a = arguments.parse_args()
     if not DATA.is_dir():
-        raise SystemExit(f"the zero-shot items are not at {DATA}")
+        raise SystemExit(
+            f"the zero-shot items are not at {DATA}; README.md here says what belongs there, LLM_FP4_DATA names another folder"
+        )
     source = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokens = spread(texts(tokenizer)[0], a.sequences)
