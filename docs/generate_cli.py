@@ -13,7 +13,8 @@ from llm_fp4.cli.main import app
 PAGE = Path(__file__).with_name("cli.md")
 HEAD = """# The command line
 
-Written by `docs/generate_cli.py` from `--help`; do not edit. Nearly all of it has a call in `llm_fp4.api`: `quantize`, `evaluate`, `judge_images`, `generate_text`, `inspect_model`, `benchmark`, `export`, `diagnose`, `estimate` and others.
+Written by `docs/generate_cli.py` from `--help`; do not edit. Nearly all of it has a call in `llm_fp4.api`:
+`quantize`, `evaluate`, `judge_images`, `generate_text`, `inspect_model`, `benchmark`, `export`, `diagnose`, `estimate` and others.
 """
 
 

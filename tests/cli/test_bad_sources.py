@@ -167,7 +167,9 @@ def test_too_short_text(not_quantized: Refuse, source: Path, tmp_path: Path) -> 
 
 
 def test_missing_text(not_quantized: Refuse, source: Path, tmp_path: Path) -> None:
-    assert "does not exist" in not_quantized(source, "--calibration", tmp_path / "no.txt")
+    for name in ("no.txt", "no.tsv"):
+        assert f"{name} does not exist" in not_quantized(source, "--calibration", tmp_path / name)
+        assert f"{name} does not exist" in not_quantized(source, "--calibration", tmp_path / name, "--plan-only")
 
 
 def test_a_refused_run_does_not_stand_in_the_way(refused: Any, llm_fp4: Any, source: Path, tmp_path: Path, text: Path) -> None:

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_fp4.calibration import draw_files, media_files, read_audio, read_image, read_labelled
+from llm_fp4.calibration import TABLES, draw_files, media_files, read_audio, read_image, read_labelled
 from llm_fp4.errors import CalibrationError
 from llm_fp4.evaluation import class_numbers
 from llm_fp4.models import Batch, FloatModel, open_processor
 from llm_fp4.recipe import Recipe
 
 SIZE = 16  # inputs of one batch
-TABLES = (".tsv", ".csv")
 
 
 def image_batches(files: Sequence[Path], processor: Any, device: torch.device) -> list[Batch]:

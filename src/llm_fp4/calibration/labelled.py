@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llm_fp4.errors import CalibrationError
 
+TABLES = (".tsv", ".csv")
 FIRST = ("sentence1", "sentence", "text", "premise", "question", "question1", "#1 string")
 SECOND = ("sentence2", "hypothesis", "question2", "#2 string")
 LABEL = ("label", "score", "gold_label", "quality")

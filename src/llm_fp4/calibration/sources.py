@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from llm_fp4.calibration.labelled import TABLES
 from llm_fp4.calibration.tables import read_hub, read_parquet
 from llm_fp4.calibration.text import Stretch, read_json_lines, read_text
 from llm_fp4.errors import CalibrationError
@@ -18,6 +19,20 @@ READERS: dict[str, Callable[[Path], Iterator[Stretch]]] = {
     ".json.gz": read_json_lines,
     ".parquet": read_parquet,
 }
+
+
+def check_source(source: str) -> None:
+    """Raise CalibrationError where ``source`` names a file that is not there or of no known kind; nothing is read.
+
+    Args:
+        source: "self", a file of text or a table, a folder of images or sound, or a hub data set.
+    """
+    path = Path(source)
+    if source == "self" or path.is_dir() or (path.suffix.lower() in TABLES and path.exists()):
+        return
+    if path.suffix.lower() in TABLES:
+        raise CalibrationError(f"calibration source {source} does not exist; check the path")
+    documents(source)
 
 
 def documents(source: str | Path, what: str = "calibration source") -> Iterator[Stretch]:

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from llm_fp4.calibration.sources import documents
 from llm_fp4.cli import options
 from llm_fp4.cli.figures import show
 from llm_fp4.cli.render import print_json
@@ -144,6 +143,8 @@ def evaluate(
     if include_path is not None and not tasks:
         raise typer.BadParameter("--include-path says where tasks are; name them with --tasks")
     lengths = _lengths(context, text)
+    from llm_fp4.calibration import documents
+
     if text is not None:
         documents(text, "--text")  # what is missing is told before a model is loaded for it
     files = {"--images": images, "--labels": labels, "--audio": audio, "--transcripts": transcripts, "--table": table}

@@ -100,6 +100,9 @@ def quantize(
             objective=objective.value if objective else None, seed=seed, average_bits=average_bits, max_bytes=max_bytes, max_kl=max_kl,
         )  # fmt: skip
         import llm_fp4
+        from llm_fp4.calibration import check_source
+
+        check_source(wish.calibration.source)
 
         if plan_only:
             if ranks.leads():
