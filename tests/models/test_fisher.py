@@ -124,5 +124,7 @@ def test_the_command_says_what_memory_it_takes_before_it_starts(tmp_path: Path, 
     options = ["--sequences", "2", "--length", "16", "--rounds", "1", "--objective", "fisher"]
     result = CliRunner().invoke(app, ["quantize", str(tmp_path / "float"), str(tmp_path / "out"), *options])
     assert result.exit_code == 0, result.output
-    assert result.stderr.startswith("objective fisher differentiates the whole float model first: about ")
+    cost, memory = result.stderr.splitlines()[:2]
+    assert cost.startswith("fpq 4/4/4: about ")
+    assert memory.startswith("objective fisher differentiates the whole float model first: about ")
     assert load_recipe(str(tmp_path / "out" / "recipe.yaml")).search.objective == "fisher"
