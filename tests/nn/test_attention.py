@@ -16,7 +16,7 @@ from llm_fp4.errors import CheckpointError, RecipeError
 from llm_fp4.nn import CHILD, AttentionProducts, attend, watching
 from llm_fp4.numerics import fake_quantize, parse
 from llm_fp4.plan import AttentionSpec, ProductPlan
-from llm_fp4.recipe import Recipe
+from llm_fp4.recipe import Recipe, load_recipe
 from llm_fp4.search import ProductSample, search_product
 
 ENCODER = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -143,6 +143,8 @@ def test_unsigned_formats_are_for_probabilities_only() -> None:
     assert not any(f.signed for f in probabilities)
     assert Recipe.model_validate({"attention": {"bits": 4, "unsigned": False}}).attention_formats()[1] == signed
     assert Recipe().attention_formats() == ((), ())
+    nvfp4 = Recipe.model_validate({**load_recipe("nvfp4").model_dump(), "attention": {"bits": 4}})
+    assert nvfp4.attention_formats() == (signed, probabilities)  # E2M1 is what the blocks of linears' inputs ask for
     with pytest.raises(RecipeError, match="change the formats or the bits"):
         Recipe.model_validate({"attention": {"bits": 4, "formats": ["ue2m2"]}}).attention_formats()
     integers = Recipe.model_validate(

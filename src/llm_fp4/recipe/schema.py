@@ -238,7 +238,9 @@ class Recipe(Strict):
         bits, rules = self.attention.bits, self.attention
         if bits == FLOAT_BITS:
             return (), ()
-        names = rules.formats if rules.formats is not None else self.inputs.formats
+        names = rules.formats
+        if names is None and self.inputs.granularity != "per_block":  # a block format is the linears', attention has no blocks
+            names = self.inputs.formats
         if names is None:
             if self.method in ("minmax", "smoothquant"):
                 standard = self._candidates(bits, None, "attention")

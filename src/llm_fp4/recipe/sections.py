@@ -141,7 +141,7 @@ class TransformRules(Strict):
 class AttentionRules(Strict):
     """How the inputs of attention's two products, query · key' and probability · value, are quantized; 16 bits leave them in float.
 
-    ``formats``: candidates; None: those of the inputs, or all. ``unsigned``: probabilities, never negative, take unsigned formats.
+    ``formats``: candidates; None: those of the inputs (not of block formats), or all. ``unsigned``: probabilities, never negative, take unsigned formats.
     """
 
     bits: int = FLOAT_BITS
