@@ -437,22 +437,3 @@ def test_a_singular_input_asks_for_damping_by_name(tmp_path: Path) -> None:
     wish = Recipe.model_validate({"bits": {"activation": 16}, "search": {"rounds": 1, "compensation": "gptq", "damping": 1e-12}})
     with pytest.raises(CalibrationError, match=r"model\.layers\.7\.mlp.*search\.damping 1e-12.*raise the damping"):
         search_site("model.layers.7.mlp", {"q": weights()["q"]}, statistics, {"q": wish.rule("q")}, wish)
-
-
-def test_a_shift_under_a_scale_per_token_follows_channels_within_their_token(tmp_path: Path) -> None:
-    """One token, a thousand times larger than the others, has all its channels alike; all others have a large one."""
-    store = TokenStore(tmp_path / "rows", 48)
-    torch.manual_seed(0)
-    rows = torch.rand(600, 48) + 0.5
-    rows[:, 5] *= 30
-    rows[0] = 3000
-    rows[0, 5] *= 2.0
-    store.append(rows)
-    statistics = SiteStatistics("site", store, torch.device("cpu"))
-    assert statistics.channel_maxima(per_token=True)[5] == 1
-    recipe = Recipe.model_validate({"inputs": {"granularity": "per_token", "formats": ["e2m1"]}, "search": {"rounds": 1}})
-    named = weights()
-    plan = search_site("site", named, statistics, {n: recipe.rule(n) for n in named}, recipe).input
-    assert plan is not None
-    assert plan.shift is not None
-    assert plan.shift[5] == 0

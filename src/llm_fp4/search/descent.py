@@ -47,7 +47,7 @@ def descend(
 
     few = few_tokens(statistics)
     choice: InputChoice | None = None
-    starts = maximum_choices(statistics.channel_maxima(per_token), rule, per_token=per_token)
+    starts = maximum_choices(statistics.channel_absmax, rule, per_token=per_token)
     if starts:
         # before any weight is rounded the best input format is the one that hurts the float outputs least
         sample, operands = statistics.sample(search.sample_tokens), list(weights.values())

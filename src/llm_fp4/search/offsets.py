@@ -17,7 +17,7 @@ from llm_fp4.plan import SiteResult
 from llm_fp4.recipe import InputRules, ModuleRule
 from llm_fp4.search.grids import Grid
 from llm_fp4.search.inputs import InputChoice, OutputError, choose_input, maximum_choices
-from llm_fp4.statistics import SiteStatistics, relative
+from llm_fp4.statistics import SiteStatistics
 
 SKEW = 4.0  # an input is nearly non-negative where its largest value exceeds its smallest so many times,
 CHANNEL_SKEW = 2.0  # and, lest a single token decide that, 99 % quantiles of half of the channels their 1 % quantiles
@@ -89,7 +89,6 @@ def choose_variant(
     for variant in found:
         exact = OutputError(variant.shifted(rows), row_weight, list(weights.values()), counts, centered=statistics.centered)
         absmax = torch.maximum(variant.shifted(high).abs(), variant.shifted(low).abs())
-        absmax = relative(variant.shifted(rows)).amax(0) if per_token else absmax
         starts = maximum_choices(absmax, rule.model_copy(update={"input_formats": variant.formats}), per_token=per_token)
         losses.append(choose_input(exact.under(rounded), starts, grid)[0].loss)
     best = min(range(len(found)), key=losses.__getitem__)

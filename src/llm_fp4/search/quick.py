@@ -57,7 +57,7 @@ def quick_input(weights: dict[str, Tensor], statistics: SiteStatistics, rule: Mo
         return block.quantize, block.loss
     per_token, _ = scale_per_token(statistics, rule, recipe)
     error = OutputError(*statistics.sample(_SAMPLE), list(weights.values()))
-    starts = maximum_choices(statistics.channel_maxima(per_token), rule, per_token=per_token)
+    starts = maximum_choices(statistics.channel_absmax, rule, per_token=per_token)
     starts = starts if recipe.method != "minmax" else starts[:1]
     wide = rule.input_formats[0].bits > _NARROW
     # shifts are rounded to whole octaves: a channel may clip by one of them at the scale of the largest magnitude

@@ -34,12 +34,6 @@ class Importance:
     outputs: dict[str, Tensor]
 
 
-def relative(rows: Tensor) -> Tensor:
-    """Return the magnitudes of (n, in) rows in units of each row's largest; a row of zeros stays one."""
-    magnitudes = rows.abs()
-    return magnitudes / magnitudes.amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-
-
 @dataclass
 class SiteStatistics:
     """Calibration of one input site.
@@ -106,10 +100,6 @@ class SiteStatistics:
     def channel_absmax(self) -> Tensor:
         """(in,) largest magnitude of each channel."""
         return torch.stack([rows.abs().amax(0) for rows in self.chunks()]).amax(0)
-
-    def channel_maxima(self, per_token: bool) -> Tensor:
-        """Return the (in,) largest magnitude of each channel, under a scale per token in units of its token's own largest."""
-        return torch.stack([relative(rows).amax(0) for rows in self.chunks()]).amax(0) if per_token else self.channel_absmax
 
     @cached_property
     def channel_ranges(self) -> tuple[Tensor, Tensor, Tensor]:
