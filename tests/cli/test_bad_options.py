@@ -31,7 +31,10 @@ def test_impossible_options(refused: Any, tmp_path: Path, options: list[str], wo
         ("overrides: [{targets: [q_proj], bits: 8}]\n", "unknown key 'bits' in overrides.0; known there: activation_bits"),
         ("bits: 4/4/4\n", "bits holds keys and values; write bits: {embedding: 4, weight: 4, activation: 4}"),
         ("ignore: lm_head\n", "ignore is a list; write ignore: [lm_head]"),
-        ("inputs: {shift_range: foo}\n", "inputs.shift_range: 'foo' is not possible; choose 0 to 15, format, int8 or search"),
+        (
+            "inputs: {shift_range: foo}\n",
+            "inputs.shift_range: a shift range of foo is not possible; choose 0 to 15, format, int8 or search",
+        ),
         ("transforms: {online: true}\n", "transforms.online serves what a rotation does not reach"),
         ("method: minmax\nsearch: {compensation: gptq}\n", "search.compensation goes with a search, and method minmax has none"),
         ("method: smoothquant\nsearch: {bias_correction: true}\n", "search.bias_correction goes with a search"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,6 @@ from llm_fp4.cli.figures import show
 from llm_fp4.cli.render import print_json
 from llm_fp4.cli.working import working
 from llm_fp4.errors import CalibrationError
-from llm_fp4.progress import Progress
 
 
 def evaluate(
@@ -150,6 +149,7 @@ def evaluate(
     files = {"--images": images, "--labels": labels, "--audio": audio, "--transcripts": transcripts, "--table": table}
     _check_present([*files.items(), *(("--zeroshot", file) for file in zeroshot or [])])
     from llm_fp4 import api
+    from llm_fp4.evaluation import evaluate_tasks
 
     if card:
         api.check_card(Path(path))
@@ -157,11 +157,36 @@ def evaluate(
     warnings: list[str] = []
     try:
         with working(quiet) as progress:
-            _measure(
-                result, path, text=text, reference=reference, length=length, windows=windows, lengths=lengths, chunk=chunk,
-                zeroshot=zeroshot, tasks=tasks, include_path=include_path, limit=limit, images=images, labels=labels, table=table,
-                audio=audio, transcripts=transcripts, device=device, progress=progress, warn=warnings.append,
-            )  # fmt: skip
+            loaded = api.load_any(path, device=device, progress=progress)
+            rules: dict[str, Any] = {"text": text, "chunk": chunk, "device": device, "progress": progress, "warn": warnings.append}
+            if text is not None and lengths:
+                flat = None if reference is None else api.load_any(reference, device=device, progress=progress)
+                measured = api.evaluate_contexts(loaded, lengths, reference=flat, windows=windows or 1, **rules)
+                result["context_file"] = text
+                result["context"] = {
+                    length: _with_gap({name: asdict(each) for name, each in metrics.items()})
+                    for length, metrics in measured.items()
+                }
+            elif text is not None:
+                metrics = api.evaluate(loaded, reference=reference, length=length, windows=windows, **rules)
+                shown = _with_gap({name: asdict(each) for name, each in metrics.items()})
+                result["text"] = {"file": text, "length": length, **shown}
+            if zeroshot:
+                answers = api.answer_questions(loaded, zeroshot, limit=limit, progress=progress)
+                result["zeroshot"] = {name: asdict(each) for name, each in answers.items()}
+            if tasks:
+                if loaded.tokenizer is None:
+                    raise CalibrationError(f"{path} has no tokenizer, which tasks need; save one beside the model")
+                names = [t.strip() for t in tasks.split(",") if t.strip()]
+                result["tasks"] = evaluate_tasks(loaded.model, loaded.tokenizer, names, limit, include_path)
+            if images is not None and labels is not None:
+                flat = None if reference is None else api.load_any(reference, device=device, progress=progress)
+                judged = api.judge_images(loaded, images, labels, flat, limit)
+                result["images"] = {name: asdict(each) for name, each in judged.items()}
+            if table is not None:
+                result["table"] = api.judge_table(loaded, table, limit)
+            if audio is not None and transcripts is not None:
+                result["audio"] = api.judge_speech(loaded, audio, transcripts, limit)
     finally:  # where a part fails, those before it are told all the same
         result |= {"warnings": warnings} if warnings else {}
         if len(result) > 1 and as_json:
@@ -170,47 +195,6 @@ def evaluate(
             show(result, path)
     if card:
         api.add_figures(Path(path), api.card_rows(result))
-
-
-def _measure(
-    result: dict[str, Any], path: str, *, text: str | None, reference: str | None, length: int, windows: int | None, lengths: list[int],
-    chunk: int | None, zeroshot: list[str] | None, tasks: str | None, include_path: str | None, limit: int | None, images: str | None,
-    labels: str | None, table: str | None, audio: str | None, transcripts: str | None, device: str, progress: Progress,
-    warn: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Measure the model ``path`` on everything that is named, one part of ``result`` after the other."""
-    from llm_fp4 import api
-    from llm_fp4.evaluation import evaluate_tasks
-
-    loaded = api.load_any(path, device=device, progress=progress)
-    rules: dict[str, Any] = {"text": text, "chunk": chunk, "device": device, "progress": progress, "warn": warn}
-    if text is not None and lengths:
-        flat = None if reference is None else api.load_any(reference, device=device, progress=progress)
-        measured = api.evaluate_contexts(loaded, lengths, reference=flat, windows=windows or 1, **rules)
-        result["context_file"] = text
-        result["context"] = {
-            length: _with_gap({name: asdict(each) for name, each in metrics.items()}) for length, metrics in measured.items()
-        }
-    elif text is not None:
-        metrics = api.evaluate(loaded, reference=reference, length=length, windows=windows, **rules)
-        shown = _with_gap({name: asdict(each) for name, each in metrics.items()})
-        result["text"] = {"file": text, "length": length, **shown}
-    if zeroshot:
-        answers = api.answer_questions(loaded, zeroshot, limit=limit, progress=progress)
-        result["zeroshot"] = {name: asdict(each) for name, each in answers.items()}
-    if tasks:
-        if loaded.tokenizer is None:
-            raise CalibrationError(f"{path} has no tokenizer, which tasks need; save one beside the model")
-        names = [t.strip() for t in tasks.split(",") if t.strip()]
-        result["tasks"] = evaluate_tasks(loaded.model, loaded.tokenizer, names, limit, include_path)
-    if images is not None and labels is not None:
-        flat = None if reference is None else api.load_any(reference, device=device, progress=progress)
-        judged = api.judge_images(loaded, images, labels, flat, limit)
-        result["images"] = {name: asdict(each) for name, each in judged.items()}
-    if table is not None:
-        result["table"] = api.judge_table(loaded, table, limit)
-    if audio is not None and transcripts is not None:
-        result["audio"] = api.judge_speech(loaded, audio, transcripts, limit)
 
 
 def _check_present(files: Iterable[tuple[str, str | None]]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ class Workspace:
         for alias, owner in self.structure.aliases.items():
             table = self.model.get_submodule(alias)
             if isinstance(table, nn.Embedding):  # until it is exchanged, too
-                table.weight = self.model.get_submodule(owner).weight  # type: ignore[assignment]  # to mypy, of any type
+                table.weight = cast(nn.Parameter, self.model.get_submodule(owner).weight)
 
     def tensors(self, module: nn.Module, name: str) -> dict[str, Tensor]:
         """Return what the checkpoint holds of ``module``: packed tensors as they are, the rest in the source's dtype."""

@@ -25,8 +25,8 @@ def _sentence(model: type[Any], problem: Any, path: list[str]) -> str:
     """Return what is wrong at ``path``, and what to write."""
     place = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        section, at = model, [p for p in path[:-1] if not p.isdecimal()]
-        for key in at:
+        section = model
+        for key in (p for p in path[:-1] if not p.isdecimal()):
             section = _section(section.model_fields[key].annotation) or section
         there = f" in {'.'.join(path[:-1])}; known there" if path[1:] else "; known at the top level"
         return f"unknown key {path[-1]!r}{there}: {', '.join(sorted(section.model_fields))}"
@@ -34,8 +34,6 @@ def _sentence(model: type[Any], problem: Any, path: list[str]) -> str:
         return f"{place} holds keys and values; write {_WRITE.get(place, f'{_named(path)}{{key: value}}')}"
     if problem["type"] == "list_type" and isinstance(problem["input"], str):
         return f"{place} is a list; write {_named(path)}[{problem['input']}]"
-    if "shift_range" in path:
-        return f"{'.'.join(path[: path.index('shift_range') + 1])}: {problem['input']!r} is not possible; choose 0 to 15, format, int8 or search"
     return ": ".join(part for part in (place, problem["msg"].removeprefix("Value error, ")) if part)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -70,10 +70,10 @@ def _check_formats(names: list[str] | None) -> list[str] | None:
 ShiftRange = Literal["format", "int8", "search"] | int
 
 
-def _check_shift_range(value: ShiftRange | None) -> ShiftRange | None:
-    if isinstance(value, int) and not 0 <= value <= 15:
-        raise ValueError(f"a shift range of {value} is not possible; choose 0 to 15, format, int8 or search")
-    return value
+def _check_shift_range(value: Any) -> Any:
+    if value in (None, "format", "int8", "search") or (type(value) is int and 0 <= value <= 15):
+        return value
+    raise ValueError(f"a shift range of {value} is not possible; choose 0 to 15, format, int8 or search")
 
 
 class _BlockRules(Strict):
@@ -121,7 +121,7 @@ class InputRules(_BlockRules):
     unsigned: bool = True
 
     _check = field_validator("formats")(_check_formats)
-    _shifts = field_validator("shift_range")(_check_shift_range)
+    _shifts = field_validator("shift_range", mode="before")(_check_shift_range)
 
 
 class TransformRules(Strict):
@@ -232,6 +232,6 @@ class Override(Strict):
     shift_range: ShiftRange | None = None
     input_transform: Literal["none", "hadamard"] | None = None
 
-    _shifts = field_validator("shift_range")(_check_shift_range)
+    _shifts = field_validator("shift_range", mode="before")(_check_shift_range)
     _bits = field_validator("weight_bits", "activation_bits")(_check_bits)
     _formats = field_validator("weight_formats", "input_formats")(_check_formats)

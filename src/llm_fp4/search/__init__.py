@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from llm_fp4.errors import CalibrationError
@@ -19,6 +18,7 @@ from llm_fp4.search.cache import search_cache
 from llm_fp4.search.compensation import compensate_site
 from llm_fp4.search.descent import descend, grids
 from llm_fp4.search.embedding import embedding_plan
+from llm_fp4.search.factor import SingularError
 from llm_fp4.search.minmax import minmax
 from llm_fp4.search.offsets import choose_variant, folded_biases, variants
 from llm_fp4.search.products import ProductSample, search_product
@@ -93,7 +93,7 @@ def _told(name: str, recipe: Recipe) -> Iterator[None]:
     """Say in a sentence that a site's products have no triangular factor."""
     try:
         yield
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # which torch's stubs leave out
+    except SingularError:
         raise CalibrationError(
             f"{name}: the products of its calibration input are singular to float precision under search.damping "
             f"{recipe.search.damping:g}, so errors cannot be compensated; raise the damping"

@@ -37,15 +37,25 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return out
 
 
+class SingularError(ValueError):
+    """A Hessian has no triangular factor in floats: it wants more damping."""
+
+
 class Factor:
-    """``hessian`` (in, in) = R R' with R upper triangular, in float64, its columns ordered by their importance."""
+    """``hessian`` (in, in) = R R' with R upper triangular, in float64, its columns ordered by their importance.
+
+    Raises:
+        SingularError: there is no such R.
+    """
 
     def __init__(self, hessian: Tensor) -> None:
         self._order = hessian.diagonal().argsort(descending=True, stable=True)
         self._last_first = self._order.flip(0)
         # read backwards, R is the lower triangular factor that a library gives; in place, this is the largest matrix of a run
         self._lower: Tensor = hessian[self._last_first[:, None], self._last_first].double()
-        torch.linalg.cholesky(self._lower, out=self._lower)
+        _, failed = torch.linalg.cholesky_ex(self._lower, out=(self._lower, hessian.new_zeros((), dtype=torch.int32)))
+        if failed:
+            raise SingularError
 
     def target(self, weight: Tensor, gram: Gram) -> Tensor:
         """Return the (out, in) weight that serves the rounded input best, ``W + W E'Q (Q'Q)^-1``; ``weight`` for an exact input.

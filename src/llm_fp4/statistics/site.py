@@ -148,8 +148,8 @@ class SiteStatistics:
         for (rows, wanted), root in zip(self.pairs(), self.roots(), strict=True):
             q = rows if quantize is None else quantize(rows)
             levels: Tensor | None = None
-            whole = unit is not None and root is None and middle is None
-            if unit is not None and whole and q.device.type == "cpu" and min(q.shape) >= _INT8_SIDE:
+            as_rounded = root is None and middle is None
+            if unit is not None and as_rounded and q.device.type == "cpu" and min(q.shape) >= _INT8_SIDE:
                 levels = (q * (1.0 / unit)).round_().to(torch.int8)
             e = None if exact else wanted - q
             if middle is not None:  # before the products: the difference of large sums would lose the small ones

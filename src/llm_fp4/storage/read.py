@@ -55,7 +55,8 @@ class TensorFiles:
             raise self._error(f"{path} is missing, though the index of {self.folder} names it; download the model again")
         try:
             with safe_open(path, "pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - not a mapping
+                names = handle.keys()
+                for name in names:
                     piece = handle.get_slice(name)
                     self.where[name], self.shapes[name] = path, tuple(piece.get_shape())
                     self._dtypes[name] = _DTYPES.get(piece.get_dtype(), torch.uint8)
