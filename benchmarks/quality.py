@@ -86,6 +86,7 @@ def main() -> None:
     arguments.add_argument("--compensation", choices=("none", "gptq", "gptaq"), help="instead of each row's own")
     arguments.add_argument("--inherited", type=float, help="search.inherited of gptaq")
     arguments.add_argument("--damping", type=float, help="search.damping of error compensation")
+    arguments.add_argument("--outlier-tokens", type=float, help="search.outlier_tokens")
     arguments.add_argument("--reconstruction", choices=("none", "block"), default="none")
     arguments.add_argument("--rotation", action="store_true")
     arguments.add_argument("--learned", action="store_true", help="maps of inputs")
@@ -108,7 +109,7 @@ def main() -> None:
         shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
         start = time.perf_counter()
         search = {"propagation": a.propagation} | ({"compensation": a.compensation} if a.compensation else {})
-        search |= {key: value for key in ("inherited", "damping") if (value := getattr(a, key)) is not None}
+        search |= {key: value for key in ("inherited", "damping", "outlier_tokens") if (value := getattr(a, key)) is not None}
         search |= {"reconstruction": a.reconstruction}
         wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, sinks, **search).model_copy(update={"seed": a.seed})
         if a.lm_head_bits is not None:
@@ -138,7 +139,7 @@ def main() -> None:
                 "sequences": len(tokens),
                 "rounds": a.rounds,
                 **({"compensation": a.compensation} if a.compensation else {}),
-                **{key: value for key in ("inherited", "damping") if (value := getattr(a, key)) is not None},
+                **{key: value for key in ("inherited", "damping", "outlier_tokens") if (value := getattr(a, key)) is not None},
                 **({"reconstruction": a.reconstruction} if a.reconstruction != "none" else {}),
                 **({"rotation": True} if a.rotation else {}),
                 **({"learned": True} if a.learned else {}),

@@ -1,4 +1,4 @@
-"""How much the outputs of a site count, out of the squared gradients of its operands."""
+"""How much the tokens and outputs of a site count: by the squared gradients of its operands, or so that outlier tokens are not all there is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.errors import UnsupportedError
-from llm_fp4.statistics import Importance
+from llm_fp4.statistics import Importance, TokenStore
 
 _LEAST = 1e-3  # of the mean: an output that hardly counts still has a best scale
 
@@ -37,3 +37,27 @@ def site_importance(gradients: Mapping[str, Tensor], weights: dict[str, Tensor],
     mean = torch.cat([gradients[f"{n}.outputs"] for n in known]).mean()
     counts = {n: gradients[f"{n}.outputs"] / mean if n in known else torch.zeros(len(w)) for n, w in weights.items()}
     return Importance(total / total.mean(), {n: c.clamp_min(_LEAST) for n, c in counts.items()})
+
+
+def balanced_importance(
+    store: TokenStore, weights: dict[str, Tensor], ratio: float, known: Importance | None = None
+) -> Importance | None:
+    """Return the importance under which outlier tokens together count no more than all others; ``known`` where they do not anyway.
+
+    An attention sink, or a token in which a vision model keeps notes, can have thousands of times the energy of the others. The squared
+    error of a layer is then its error alone; left out, the token itself would go wrong, which others may read.
+
+    Args:
+        store: the rows of a site. weights: (out, in) of the operands. ratio: of a token's squared norm to the median, above which it is
+            an outlier. known: what they count by already; None: all alike.
+    """
+    before = torch.ones(store.tokens) if known is None else known.tokens
+    energy = torch.cat([rows.square().sum(1) for rows in store.chunks()]) * before
+    outlier = energy > ratio * energy.median()
+    theirs, others = float(energy[outlier].sum(dtype=torch.float64)), float(energy[~outlier].sum(dtype=torch.float64))
+    if not 0 < others < theirs:
+        return known
+    tokens = torch.where(outlier, others / theirs, 1.0) * before
+    return Importance(
+        tokens / tokens.mean(), {n: torch.ones(len(w)) for n, w in weights.items()} if known is None else known.outputs
+    )

@@ -14,7 +14,7 @@ from llm_fp4.checkpoint import site_spec
 from llm_fp4.errors import RecipeError, UnsupportedError
 from llm_fp4.nn import QuantLinear, linear_weight
 from llm_fp4.numerics import PerBlock, parse, parse_granularity, quantize_tensor, require_finite
-from llm_fp4.pipeline.importance import site_importance
+from llm_fp4.pipeline.importance import balanced_importance, site_importance
 from llm_fp4.plan import FixedWeight, SiteResult
 from llm_fp4.recipe import ModuleRule, Recipe
 from llm_fp4.search import search_site
@@ -92,6 +92,8 @@ def decide_site(
     if transform is not None:
         weights = {n: transform.weight(w) for n, w in weights.items()}
     importance = None if gradients is None else site_importance(gradients, weights, store.tokens)
+    if recipe.search.outlier_tokens is not None and recipe.searched is not None:
+        importance = balanced_importance(store, weights, recipe.search.outlier_tokens, importance)
     statistics = SiteStatistics(name, store, device, recipe.seed ^ zlib.crc32(name.encode()), importance)
     result = search_site(name, weights, statistics, rules, recipe, fixed, wanted)
     if transform is not None and result.input is not None:

@@ -107,8 +107,13 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _check_reach(self) -> Recipe:
         """Refuse what would have no effect."""
-        if self.searched is None and (self.search.compensation != "none" or self.search.bias_correction):
-            key = "search.compensation" if self.search.compensation != "none" else "search.bias_correction"
+        unsearched = {
+            "search.compensation": self.search.compensation != "none",
+            "search.bias_correction": self.search.bias_correction,
+            "search.outlier_tokens": self.search.outlier_tokens is not None,
+        }
+        if self.searched is None and any(unsearched.values()):
+            key = next(k for k, wanted in unsearched.items() if wanted)
             raise ValueError(f"{key} goes with a search, and method {self.method} has none; use method fpq, or leave it out")
         if self.transforms.online and self.transforms.rotation == "none":
             raise ValueError("transforms.online serves what a rotation does not reach; set transforms.rotation to hadamard too")

@@ -181,9 +181,10 @@ class SearchRules(Strict):
     input ("gptaq", for which the float model's blocks run beside the quantized ones), or for the share ``inherited`` of it;
     ``damping`` times its mean diagonal is added to the Hessian; ``sweeps`` of coordinate descent over levels and scales follow
     it, from ``starts`` different first scales (of blocks, three at most). ``bias_correction``: a layer's bias takes the
-    mean of its output error, which the search then leaves out. ``reconstruction``: "block" then learns the rounding of each block's
-    weights, their row scales and the inputs' scales together by the error of the block's output, in ``reconstruction_epochs`` passes
-    over the calibration data.
+    mean of its output error, which the search then leaves out. ``outlier_tokens``: tokens of more than so many
+    times the site's median energy together count no more in squared errors than all others; None: all count as they are.
+    ``reconstruction``: "block" then learns the rounding of each block's weights, their row scales and the inputs' scales together by
+    the error of the block's output, in ``reconstruction_epochs`` passes over the calibration data.
     """
 
     objective: Literal["output", "fisher"] = "output"
@@ -199,6 +200,7 @@ class SearchRules(Strict):
     sweeps: int = Field(default=4, ge=0)
     starts: int = Field(default=3, ge=1, le=5)
     bias_correction: bool = False
+    outlier_tokens: float | None = Field(default=None, ge=1)
     reconstruction: Literal["none", "block"] = "none"
     reconstruction_epochs: int = Field(default=8, ge=1)
 
