@@ -7,7 +7,7 @@ also gives each row's time in forward passes of the float model over the same ca
 ``--average-bits`` lets the widths of every row be chosen by measured sensitivity, ``--per-token`` gives inputs a scale per token,
 ``--sinks`` says what sites with attention sinks get, in the recipe's place; of several, every row is made with each.
 ``--reconstruction block`` learns rounding and scales block by block after the search, ``--rotation`` rotates as `balanced` does,
-``--learned`` learns maps of inputs as `best` does.
+``--learned`` learns maps of inputs as `best` does, ``--outlier-tokens`` weighs outlier tokens down as `mxfp4` does.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from llm_fp4.pipeline.importance import balanced_importance
-from llm_fp4.pipeline.sites import decide_site, quantized_layers
+from llm_fp4.pipeline.sites import BALANCED, decide_site, quantized_layers
 from llm_fp4.recipe import Recipe
 from llm_fp4.statistics import Importance, TokenStore
 
@@ -38,9 +38,9 @@ def ordinary_error(folder: Path, search: dict[str, Any], **rules: Any) -> float:
     torch.manual_seed(1)
     linear, rows = nn.Linear(CHANNELS, 96), rows_with_a_sink()
     recipe = Recipe.model_validate({"search": {"rounds": 1, "compensation": "gptq", **search}, **rules})
-    decided = decide_site(
-        ["l"], {"l": linear}, stored(rows, folder), recipe, {}, {"weights": {}, "inputs": {}}, torch.device("cpu")
-    )
+    plans: dict[str, Any] = {"weights": {}, "inputs": {}}
+    decided = decide_site(["l"], {"l": linear}, stored(rows, folder), recipe, {}, plans, torch.device("cpu"))
+    assert (BALANCED in plans["inputs"]["l"]["reason"]) == ("outlier_tokens" in search)
     others = rows[torch.arange(len(rows)) != 7]
     with torch.no_grad():
         exact = linear(others)

@@ -22,6 +22,7 @@ from llm_fp4.statistics import FloatRows, SiteStatistics, TokenStore
 from llm_fp4.transforms import HadamardTransform, InputTransform
 
 Linears = dict[str, nn.Module]
+BALANCED = "outlier tokens together count no more than all others"
 
 
 def selected_linears(model: nn.Module, names: list[str], recipe: Recipe, head: bool = False) -> Linears:
@@ -92,10 +93,13 @@ def decide_site(
     if transform is not None:
         weights = {n: transform.weight(w) for n, w in weights.items()}
     importance = None if gradients is None else site_importance(gradients, weights, store.tokens)
+    counted = importance
     if recipe.search.outlier_tokens is not None and recipe.searched is not None:
-        importance = balanced_importance(store, weights, recipe.search.outlier_tokens, importance)
-    statistics = SiteStatistics(name, store, device, recipe.seed ^ zlib.crc32(name.encode()), importance)
+        counted = balanced_importance(store, weights, recipe.search.outlier_tokens, importance)
+    statistics = SiteStatistics(name, store, device, recipe.seed ^ zlib.crc32(name.encode()), counted)
     result = search_site(name, weights, statistics, rules, recipe, fixed, wanted)
+    if counted is not importance and result.input is not None:
+        result.input.reason = "; ".join(r for r in (result.input.reason, BALANCED) if r)
     if transform is not None and result.input is not None:
         transform.tell(result.input)
     added = {n: {"added_bias": True} for n in result.bias if getattr(selected[n], "bias", None) is None}
