@@ -154,6 +154,7 @@ def test_maps_are_learned_under_block_scales(tmp_path: Path, spiked_llama: Calla
     for learned in (False, True):
         rules = load_recipe("mxfp4").model_dump()
         rules["transforms"] |= {"learned": learned, "epochs": 20}
+        rules["search"]["outlier_tokens"] = None  # the spiked channel makes outliers of many tokens; maps are looked at alone
         out = llm_fp4.quantize(tmp_path / "float", tmp_path / f"{learned}", Recipe.model_validate(rules), tokens=tokens)
         block = llm_fp4.load(out).model.layers[1]
         assert block.mlp.down_proj.blocks == PerBlock(32, "e8m0")
