@@ -88,8 +88,10 @@ def test_offsets_and_unsigned_inputs_are_the_simulation_on_integers(input_format
 def test_a_folded_bias_is_added_to_the_layer_s_own_or_is_its_first() -> None:
     weight = quantize_tensor(torch.randn(11, 37), torch.ones(11), parse("e2m1"), PerRow())
     own, folded = torch.randn(11), torch.randn(11)
-    assert torch.equal(QuantLinear.from_plan(weight, None, own, folded).bias, own + folded)  # type: ignore[arg-type]
-    assert torch.equal(QuantLinear.from_plan(weight, None, None, folded).bias, folded)  # type: ignore[arg-type]
+    for its_own, expected in ((own, own + folded), (None, folded)):
+        bias = QuantLinear.from_plan(weight, None, its_own, folded).bias
+        assert bias is not None
+        assert torch.equal(bias, expected)
     assert QuantLinear.from_plan(weight, None, None, folded).folded
 
 

@@ -94,7 +94,7 @@ def decide_site(
         weights = {n: transform.weight(w) for n, w in weights.items()}
     importance = None if gradients is None else site_importance(gradients, weights, store.tokens)
     counted = importance
-    if recipe.search.outlier_tokens is not None and recipe.searched is not None:
+    if recipe.search.outlier_tokens is not None:
         counted = balanced_importance(store, weights, recipe.search.outlier_tokens, importance)
     statistics = SiteStatistics(name, store, device, recipe.seed ^ zlib.crc32(name.encode()), counted)
     result = search_site(name, weights, statistics, rules, recipe, fixed, wanted)

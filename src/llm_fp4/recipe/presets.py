@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "search": {"compensation": "gptq", "rounds": 1},
     },
     "nvfp4": _block_preset(_NVFP4, search={"compensation": "gptq"}),
-    # one power of two for 32 values errs so much that compensation serves what is largest alone, see docs/adr/0018
+    # without outlier_tokens error compensation took ViT-Ti below plain FPQ, see docs/adr/0018
     "mxfp4": _block_preset(_MXFP4, search={"compensation": "gptq", "outlier_tokens": 16}),
     "nvfp4-rtn": _block_preset(_NVFP4, method="minmax"),
     "mxfp4-rtn": _block_preset(_MXFP4, method="minmax"),

@@ -112,8 +112,7 @@ class Recipe(Strict):
             "search.bias_correction": self.search.bias_correction,
             "search.outlier_tokens": self.search.outlier_tokens is not None,
         }
-        if self.searched is None and any(unsearched.values()):
-            key = next(k for k, wanted in unsearched.items() if wanted)
+        if self.searched is None and (key := next((k for k, wanted in unsearched.items() if wanted), None)):
             raise ValueError(f"{key} goes with a search, and method {self.method} has none; use method fpq, or leave it out")
         if self.transforms.online and self.transforms.rotation == "none":
             raise ValueError("transforms.online serves what a rotation does not reach; set transforms.rotation to hadamard too")
