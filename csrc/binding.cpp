@@ -12,8 +12,8 @@
 
 using namespace llm_fp4;
 
-// Raised with every change of an argument list.
-EXPORT int llm_fp4_version() { return 5; }
+// Raised with every change of an argument list. `transform`: whether rows pass the Hadamard transform before they are rounded.
+EXPORT int llm_fp4_version() { return 6; }
 
 EXPORT int llm_fp4_select(const char* name) { return select(name) ? 1 : 0; }
 
@@ -28,9 +28,9 @@ EXPORT const char* llm_fp4_available(int index) {
 // All return 0, or 1 if working memory ran out.
 EXPORT int llm_fp4_quantize_input(const void* x, int bfloat16, int64_t tokens, int64_t in, const float* scale, const uint8_t* shift,
                                   const float* smooth, int exponent_bits, int mantissa_bits, int is_signed, int max_shift,
-                                  int per_token, void* levels, float* step, int threads) try {
+                                  int per_token, int transform, void* levels, float* step, int threads) try {
   const Format format{exponent_bits, mantissa_bits, is_signed != 0};
-  quantize_input(kernels(), {x, bfloat16 != 0, tokens, in, scale, shift, smooth, format, max_shift, per_token != 0, levels, step},
+  quantize_input(kernels(), {x, bfloat16 != 0, tokens, in, scale, shift, smooth, format, max_shift, per_token != 0, levels, step, transform != 0},
                  threads);
   return 0;
 } catch (const std::bad_alloc&) {
@@ -51,13 +51,13 @@ EXPORT int llm_fp4_int_linear(const void* levels, int wide, int64_t tokens, int6
 EXPORT int llm_fp4_quantized_linear(const void* x, int bfloat16, int64_t tokens, int64_t in, const float* scale, const uint8_t* shift,
                                     const float* smooth, int exponent_bits, int mantissa_bits, int is_signed, int max_shift,
                                     int per_token, const uint8_t* codes, int64_t out, const float* weight_scale, const float* bias,
-                                    int weight_exponent_bits, int weight_mantissa_bits, float* y, int threads) try {
+                                    int weight_exponent_bits, int weight_mantissa_bits, int transform, float* y, int threads) try {
   thread_local Buffer level_buffer, step_buffer;
   const Format format{exponent_bits, mantissa_bits, is_signed != 0};
   const bool wide = format.max_level() << max_shift > 127;
   void* levels = level_buffer.get<int8_t>(tokens * in * (wide ? 2 : 1));
   float* step = step_buffer.get<float>(tokens);
-  quantize_input(kernels(), {x, bfloat16 != 0, tokens, in, scale, shift, smooth, format, max_shift, per_token != 0, levels, step},
+  quantize_input(kernels(), {x, bfloat16 != 0, tokens, in, scale, shift, smooth, format, max_shift, per_token != 0, levels, step, transform != 0},
                  threads);
   const Weight w = make_weight(codes, out, in, {weight_exponent_bits, weight_mantissa_bits, true});
   int_linear(kernels(), w, {levels, wide, tokens, step, 1, weight_scale, bias, y}, threads);
@@ -91,13 +91,13 @@ EXPORT int llm_fp4_block_float_linear(const void* x, int bfloat16, int64_t token
 EXPORT int llm_fp4_quantized_block_linear(const void* x, int bfloat16, int64_t tokens, int64_t in, int input_block_size, int input_scale_type,
                                           const float* input_second, int input_exponent_bits, int input_mantissa_bits,
                                           const uint8_t* codes, int64_t out, const uint8_t* scales, int block_size, int scale_type,
-                                          const float* second, const float* bias, int exponent_bits, int mantissa_bits, float* y,
-                                          int threads) try {
+                                          const float* second, const float* bias, int exponent_bits, int mantissa_bits,
+                                          int transform, float* y, int threads) try {
   const BlockScales blocks{scales, block_size, static_cast<ScaleType>(scale_type), second ? *second : 1.0f};
   const Weight w = make_block_weight(codes, out, in, {exponent_bits, mantissa_bits, true}, blocks);
   const Format input{input_exponent_bits, input_mantissa_bits, true};
-  block_linear(kernels(), w, {x, bfloat16 != 0, tokens, input, {nullptr, input_block_size, static_cast<ScaleType>(input_scale_type), *input_second}}, bias, y,
-               threads);
+  const BlockScales of_input{nullptr, input_block_size, static_cast<ScaleType>(input_scale_type), *input_second};
+  block_linear(kernels(), w, {x, bfloat16 != 0, tokens, input, of_input, transform != 0}, bias, y, threads);
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "buffer.h"
+#include "hadamard.h"
 #include "linear.h"
 #include "parallel.h"
 
@@ -15,7 +16,7 @@ BlockQuantizer quantizer_of(const BlockInput& call, int64_t in) {
   const Format& f = call.format;
   const float step = f.standard_step(), largest = static_cast<float>(f.max_level()) * step;
   return {in, call.blocks.block_size, call.blocks.type == ScaleType::kE8m0, call.blocks.second, step, largest, std::ilogb(largest), f.mantissa_bits,
-          static_cast<float>(f.max_level()), call.bfloat16};
+          static_cast<float>(f.max_level()), call.bfloat16 && !call.hadamard};
 }
 
 // One row's places in BlockRows.
@@ -141,8 +142,15 @@ void block_linear(const Kernels& k, const Weight& w, const BlockInput& call, con
     const Arranged rows{limb_buffer.get<int8_t>(some * stride), stride, correction_buffer.get<int32_t>(some * lanes),
                         scale_buffer.get<float>(some * lanes), lanes};
     parallel_for(threads, some, 1 + 8192 / stride, [&](int64_t begin, int64_t end) {
+      thread_local Buffer buffer;
+      float* transformed = call.hadamard ? buffer.get<float>(w.in) : nullptr;
       for (int64_t t = begin; t < end; ++t) {
-        quantize_row(k, w, q, x + (first + t) * row_bytes,
+        const void* row = x + (first + t) * row_bytes;
+        if (call.hadamard) {
+          hadamard_row(row, call.bfloat16, w.in, transformed);
+          row = transformed;
+        }
+        quantize_row(k, w, q, row,
                      {rows.limbs + t * stride, stride, rows.corrections + t * lanes, rows.scales + t * lanes, lanes});
       }
     });

@@ -1,6 +1,6 @@
 #include <algorithm>
-#include <cstring>
 
+#include "bfloat16.h"
 #include "buffer.h"
 #include "linear.h"
 #include "parallel.h"
@@ -33,11 +33,7 @@ void arrange_floats(const float* from, int64_t in, float* to, int64_t count, int
 // Row `t` of `x` as float32, in place or in `buffer`.
 const float* float_row(const void* x, bool bfloat16, int64_t t, int64_t in, float* buffer) {
   if (!bfloat16) return static_cast<const float*>(x) + t * in;
-  const auto* half = static_cast<const uint16_t*>(x) + t * in;
-  for (int64_t j = 0; j < in; ++j) {
-    const uint32_t bits = uint32_t{half[j]} << 16;
-    std::memcpy(&buffer[j], &bits, 4);
-  }
+  widen(static_cast<const uint16_t*>(x) + t * in, in, buffer);
   return buffer;
 }
 

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "bfloat16.h"
+
 namespace llm_fp4 {
 
 void hadamard(const float* x, int64_t in, float* y) {
@@ -20,6 +22,12 @@ void hadamard(const float* x, int64_t in, float* y) {
     }
   }
   for (int64_t j = 0; j < in; ++j) y[j] = y[j] * unit;
+}
+
+void hadamard_row(const void* x, bool bfloat16, int64_t in, float* y) {
+  if (!bfloat16) return hadamard(static_cast<const float*>(x), in, y);
+  widen(static_cast<const uint16_t*>(x), in, y);
+  hadamard(y, in, y);
 }
 
 }  // namespace llm_fp4

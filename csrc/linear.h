@@ -19,6 +19,7 @@ struct QuantizeCall {
   bool per_token;
   void* levels;
   float* step;
+  bool hadamard = false;  // whether rows are transformed first
 };
 
 struct LinearCall {
@@ -47,6 +48,7 @@ struct BlockInput {
   int64_t tokens;
   Format format;
   BlockScales blocks;
+  bool hadamard = false;
 };
 
 constexpr int64_t kBlockRowsOfAStream = 12;  // up to so many rows with block scales, codes are expanded in registers

@@ -1,7 +1,8 @@
 #include <cmath>
-#include <cstring>
 
+#include "bfloat16.h"
 #include "buffer.h"
+#include "hadamard.h"
 #include "linear.h"
 #include "parallel.h"
 
@@ -28,7 +29,7 @@ void quantize_input(const Kernels& k, const QuantizeCall& call, int threads) {
               call.format.mantissa_bits,
               call.format.is_signed ? -top : 0.0f,
               top,
-              call.bfloat16,
+              call.bfloat16 && !call.hadamard,
               call.format.max_level() << call.max_shift > 127};
   const float unit = std::ldexp(1.0f, -call.max_shift);
   const float ratio_of_level = call.scale[0] / top;
@@ -37,10 +38,17 @@ void quantize_input(const Kernels& k, const QuantizeCall& call, int threads) {
   const int64_t x_bytes = call.in * (call.bfloat16 ? 2 : 4), level_bytes = call.in * (q.wide ? 2 : 1);
   const int64_t chunk = 1 + kElementsOfAThread / (call.in + 1);
   parallel_for(threads, call.tokens, chunk, [&](int64_t begin, int64_t end) {
+    thread_local Buffer buffer;
+    float* transformed = call.hadamard ? buffer.get<float>(call.in) : nullptr;
     for (int64_t t = begin; t < end; ++t) {
+      const void* row = x + t * x_bytes;
+      if (call.hadamard) {
+        hadamard_row(row, call.bfloat16, call.in, transformed);
+        row = transformed;
+      }
       float step = call.scale[0];
-      if (call.per_token) step = step_of(k.row_top(q, x + t * x_bytes), ratio_of_level);
-      const bool numbers = k.quantize_row(q, 1.0f / step, x + t * x_bytes, levels + t * level_bytes);
+      if (call.per_token) step = step_of(k.row_top(q, row), ratio_of_level);
+      const bool numbers = k.quantize_row(q, 1.0f / step, row, levels + t * level_bytes);
       call.step[t] = numbers ? step * unit : NAN;  // levels have no NaN: the row's step carries it to every output
     }
   });
@@ -54,11 +62,7 @@ void norm_quantize_input(const Kernels& k, const Norm& norm, const QuantizeCall&
     float* row = buffer.get<float>(call.in);
     for (int64_t t = begin; t < end; ++t) {
       if (call.bfloat16) {
-        const auto* half = static_cast<const uint16_t*>(call.x) + t * call.in;
-        for (int64_t j = 0; j < call.in; ++j) {
-          const uint32_t bits = uint32_t{half[j]} << 16;
-          std::memcpy(&row[j], &bits, 4);
-        }
+        widen(static_cast<const uint16_t*>(call.x) + t * call.in, call.in, row);
         normalize(norm, row, call.in, row);
       } else {
         normalize(norm, static_cast<const float*>(call.x) + t * call.in, call.in, row);

@@ -1,9 +1,11 @@
 """The fast Hadamard transform against the matrix it stands for."""
 
+from itertools import product
+
 import pytest
 import torch
 
-from llm_fp4.kernels import hadamard
+from llm_fp4.kernels import hadamard, int_linear, quantize_input, quantized_block_linear, quantized_linear
 from llm_fp4.kernels.compiled import available, select
 from llm_fp4.kernels.hadamard import hadamard_reference, power_of_two
 
@@ -33,6 +35,32 @@ def test_every_kernel_equals_the_reference(kernel: str) -> None:
         for width in (1, 2, 7, 32, 96, 576, 1536, 2048, 4096):
             for x in (torch.randn(3, width) * 100, torch.randn(width, 5).t(), torch.randn(2, 2, width).bfloat16()):
                 assert torch.equal(hadamard(x), hadamard_reference(x)), width
+    finally:
+        select()
+
+
+@pytest.mark.parametrize("kernel", available())
+def test_rounding_in_the_same_pass_equals_rounding_after_it(kernel: str) -> None:
+    torch.manual_seed(1)
+    try:
+        select(kernel)
+        for (tokens, width), per_token, limit in product(((1, 576), (40, 96), (70, 1536), (0, 8), (3, 7)), (False, True), (0, 3)):
+            packed, scale = torch.randint(0, 256, (5, -(-width // 2)), dtype=torch.uint8), torch.rand(5)
+            if width % 2:
+                packed[:, -1] &= 15
+            shift = torch.randint(0, limit + 1, (width,), dtype=torch.uint8) if limit else None
+            rule = (torch.tensor(0.5), shift, None, 2, 1, True, limit, per_token)
+            blocks = (torch.ones(()), 32, "e8m0", 2, 1, packed, torch.full((5, -(-width // 32)), 127, dtype=torch.uint8), None, None)
+            for x in (torch.randn(tokens, width) * 3, torch.randn(tokens, width).bfloat16(), torch.randn(width, tokens).t()):
+                levels, step = quantize_input(hadamard_reference(x), *rule)
+                got = quantize_input(x, *rule, True)
+                assert torch.equal(got[0], levels) and torch.equal(got[1], step)
+                whole = quantized_linear(x, *rule, packed, scale, None, 2, 1, True)
+                assert torch.equal(whole, int_linear(levels, step, packed, scale, None, 2, 1))
+                plain = quantized_linear(x, *rule, packed, scale, None, 2, 1)
+                assert tokens == 0 or torch.equal(whole, plain) == (width == 7)  # an odd width has nothing to mix
+                whole = quantized_block_linear(x, *blocks, 32, "e8m0", 2, 1, True)
+                assert torch.equal(whole, quantized_block_linear(hadamard_reference(x), *blocks, 32, "e8m0", 2, 1))
     finally:
         select()
 

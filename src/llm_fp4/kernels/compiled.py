@@ -11,14 +11,14 @@ from functools import lru_cache
 
 from llm_fp4.errors import UnsupportedError
 
-_VERSION = 5  # of the argument lists below; csrc/binding.cpp has the same number
+_VERSION = 6  # of the argument lists below; csrc/binding.cpp has the same number
 _VARIABLE = "LLM_FP4_KERNEL"
 _TORCH = "torch"  # the name that leaves everything to the reference bodies
 
 _ARGUMENTS: dict[str, list[type]] = {
     "llm_fp4_quantize_input": [
         c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
-        c_int, c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_int,
+        c_int, c_int, c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_int,
     ],
     "llm_fp4_norm_quantize_input": [
         c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_double, c_int, c_void_p, c_void_p, c_void_p,
@@ -26,14 +26,14 @@ _ARGUMENTS: dict[str, list[type]] = {
     ],
     "llm_fp4_quantized_linear": [
         c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_int,
-        c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int,
+        c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_int,
     ],
     "llm_fp4_block_float_linear": [
         c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int,
     ],
     "llm_fp4_quantized_block_linear": [
         c_void_p, c_int, c_int64, c_int64, c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_int64, c_void_p, c_int, c_int,
-        c_void_p, c_void_p, c_int, c_int, c_void_p, c_int,
+        c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_int,
     ],
     "llm_fp4_hadamard": [c_void_p, c_int64, c_int64, c_void_p, c_int],
     "llm_fp4_site_linear": [c_void_p, c_void_p, c_void_p, c_void_p, c_int],

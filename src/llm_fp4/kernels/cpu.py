@@ -51,7 +51,7 @@ def threads(work: int) -> int:
 @ops.quantize_input.register_kernel("cpu")
 def quantize_input(
     x: Tensor, scale: Tensor, shift: Tensor | None, smooth: Tensor | None,
-    exponent_bits: int, mantissa_bits: int, signed: bool, max_shift: int, per_token: bool,
+    exponent_bits: int, mantissa_bits: int, signed: bool, max_shift: int, per_token: bool, transform: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what :func:`llm_fp4.kernels.ops.quantize_input` does, bit for bit."""
     library = selected()
@@ -61,7 +61,8 @@ def quantize_input(
         and ready(shift, torch.uint8, x.shape[1]) and ready(smooth, torch.float32, x.shape[1])
     )  # fmt: skip
     if library is None or not covered:
-        return ops.quantize_input_reference(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token)
+        rule = (exponent_bits, mantissa_bits, signed, max_shift, per_token, transform)
+        return ops.quantize_input_reference(x, scale, shift, smooth, *rule)
     tokens, width = x.shape
     x = readable(x)
     levels = torch.empty((tokens, width), dtype=torch.int8 if top <= LIMB else torch.int16)
@@ -69,7 +70,8 @@ def quantize_input(
     check(
         library.llm_fp4_quantize_input(
             x.data_ptr(), x.dtype == torch.bfloat16, tokens, width, scale.data_ptr(), address(shift), address(smooth),
-            exponent_bits, mantissa_bits, signed, max_shift, per_token, levels.data_ptr(), step.data_ptr(), threads(x.numel()),
+            exponent_bits, mantissa_bits, signed, max_shift, per_token, transform, levels.data_ptr(), step.data_ptr(),
+            threads(x.numel()),
         )
     )  # fmt: skip
     return levels, step

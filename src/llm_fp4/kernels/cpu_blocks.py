@@ -64,7 +64,7 @@ def block_linear(
 def quantized_block_linear(
     x: Tensor, input_second: Tensor, input_block_size: int, input_scale_dtype: str, input_exponent_bits: int, input_mantissa_bits: int,
     weight_packed: Tensor, weight_scale: Tensor, second: Tensor | None, bias: Tensor | None,
-    block_size: int, scale_dtype: str, exponent_bits: int, mantissa_bits: int,
+    block_size: int, scale_dtype: str, exponent_bits: int, mantissa_bits: int, transform: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return what :func:`llm_fp4.kernels.blocks.quantized_block_linear` does, but for the order of its float32 sums.
 
@@ -81,7 +81,7 @@ def quantized_block_linear(
     if library is None or not covered:
         return blocks.quantized_block_linear_reference(
             x, input_second, input_block_size, input_scale_dtype, input_exponent_bits, input_mantissa_bits,
-            weight_packed, weight_scale, second, bias, block_size, scale_dtype, exponent_bits, mantissa_bits,
+            weight_packed, weight_scale, second, bias, block_size, scale_dtype, exponent_bits, mantissa_bits, transform,
         )  # fmt: skip
     x = readable(x)
     y = torch.empty((tokens, len(weight_packed)), dtype=torch.float32)
@@ -90,7 +90,7 @@ def quantized_block_linear(
             x.data_ptr(), x.dtype == torch.bfloat16, tokens, width, input_block_size, SCALE_TYPES.index(input_scale_dtype),
             input_second.data_ptr(), input_exponent_bits, input_mantissa_bits, weight_packed.data_ptr(), len(weight_packed),
             weight_scale.data_ptr(), block_size, SCALE_TYPES.index(scale_dtype), address(second), address(bias), exponent_bits,
-            mantissa_bits, y.data_ptr(), threads(tokens * weight_packed.numel()),
+            mantissa_bits, transform, y.data_ptr(), threads(tokens * weight_packed.numel()),
         )
     )  # fmt: skip
     return y

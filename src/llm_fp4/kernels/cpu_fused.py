@@ -22,6 +22,7 @@ def quantized_linear(
     x: Tensor, scale: Tensor, shift: Tensor | None, smooth: Tensor | None,
     exponent_bits: int, mantissa_bits: int, signed: bool, max_shift: int, per_token: bool,
     weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, weight_exponent_bits: int, weight_mantissa_bits: int,
+    transform: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return what :func:`llm_fp4.kernels.fused.quantized_linear` does, bit for bit."""
     library = selected()
@@ -36,7 +37,7 @@ def quantized_linear(
     if library is None or not covered:
         return quantized_linear_reference(
             x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token, weight_packed, weight_scale, bias,
-            weight_exponent_bits, weight_mantissa_bits,
+            weight_exponent_bits, weight_mantissa_bits, transform,
         )  # fmt: skip
     x = readable(x)
     y = torch.empty((tokens, out), dtype=torch.float32)
@@ -44,7 +45,7 @@ def quantized_linear(
         library.llm_fp4_quantized_linear(
             x.data_ptr(), x.dtype == torch.bfloat16, tokens, width, scale.data_ptr(), address(shift), address(smooth),
             exponent_bits, mantissa_bits, signed, max_shift, per_token, weight_packed.data_ptr(), out, weight_scale.data_ptr(),
-            address(bias), weight_exponent_bits, weight_mantissa_bits, y.data_ptr(), threads(tokens * weight_packed.numel()),
+            address(bias), weight_exponent_bits, weight_mantissa_bits, transform, y.data_ptr(), threads(tokens * weight_packed.numel()),
         )
     )  # fmt: skip
     return y

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.kernels import ops
+from llm_fp4.kernels.hadamard import hadamard_reference
 from llm_fp4.numerics import FloatFormat
 
 
@@ -35,11 +36,12 @@ def _dense(*tensors: Tensor | None) -> bool:
 @ops.quantize_input.register_kernel("cuda")
 def quantize_input(
     x: Tensor, scale: Tensor, shift: Tensor | None, smooth: Tensor | None,
-    exponent_bits: int, mantissa_bits: int, signed: bool, max_shift: int, per_token: bool,
+    exponent_bits: int, mantissa_bits: int, signed: bool, max_shift: int, per_token: bool, transform: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what :func:`llm_fp4.kernels.ops.quantize_input` does, bit for bit."""
     kernels = _kernels()
     fmt = FloatFormat(exponent_bits, mantissa_bits, signed)
+    x = hadamard_reference(x) if transform else x
     ops.check_limbs(fmt, max_shift)
     if kernels is None or not _dense(scale, shift, smooth):
         return ops.quantize_input_reference(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.errors import UnsupportedError
+from llm_fp4.kernels.hadamard import hadamard_reference
 from llm_fp4.numerics import SMALLEST_STEP, FloatFormat, decode, round_to_level, unpack
 from llm_fp4.plan import LIMB, TWO_LIMBS
 
@@ -45,7 +46,7 @@ def check_limbs(fmt: FloatFormat, max_shift: int) -> None:
 
 
 def empty_levels(
-    x: Tensor, exponent_bits: int, mantissa_bits: int, signed: bool, max_shift: int, _per_token: bool
+    x: Tensor, exponent_bits: int, mantissa_bits: int, signed: bool, max_shift: int, _per_token: bool, _transform: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return levels and steps in the shapes and types of :func:`quantize_input_reference`, for tracing."""
     top = FloatFormat(exponent_bits, mantissa_bits, signed).max_level << max_shift
@@ -60,7 +61,7 @@ def empty_product(x: Tensor, weight_packed: Tensor, *_: object) -> Tensor:
 
 def quantize_input_reference(
     x: Tensor, scale: Tensor, shift: Tensor | None, smooth: Tensor | None,
-    exponent_bits: int, mantissa_bits: int, signed: bool, max_shift: int, per_token: bool,
+    exponent_bits: int, mantissa_bits: int, signed: bool, max_shift: int, per_token: bool, transform: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the integers of an input and the float32 step they are in.
 
@@ -68,6 +69,7 @@ def quantize_input_reference(
         x: (tokens, in) float32 or bfloat16.
         scale: () float32, the static step, or the clipping ratio where ``per_token``.
         shift: (in,) uint8 up to ``max_shift``, or None. smooth: (in,) float32, or None.
+        transform: whether rows pass :func:`llm_fp4.kernels.hadamard.hadamard` first, in the same pass over them.
     Returns:
         levels: (tokens, in) ``level * 2**(max_shift - shift)``: int8 where it fits, else int16. NaN gives 0.
         step: (tokens, 1) float32, ``scale * 2**-max_shift``; NaN in rows that hold one, which so reaches all their outputs.
@@ -76,7 +78,7 @@ def quantize_input_reference(
     """
     fmt = FloatFormat(exponent_bits, mantissa_bits, signed)
     check_limbs(fmt, max_shift)
-    x = x.float().contiguous()
+    x = (hadamard_reference(x) if transform else x.float()).contiguous()
     step = token_scale(x, scale, shift, smooth, fmt.max_level) if per_token else scale.reshape(1, 1)
     level = round_to_level(x * input_multiplier(step, shift, smooth), fmt)
     numbers = ~level.isnan().any(-1, keepdim=True)

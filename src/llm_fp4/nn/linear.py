@@ -145,9 +145,9 @@ class QuantLinear(PackedModule):
         elif spec is not None and spec.blocks and self.blocks:
             f, i, w = spec.format, spec.blocks, self.blocks
             out = quantized_block_linear(
-                self.transformed(rows), self.input_scale, i.block_size, i.scale_dtype, f.exponent_bits, f.mantissa_bits,
+                self.transformed(rows, fused=True), self.input_scale, i.block_size, i.scale_dtype, f.exponent_bits, f.mantissa_bits,
                 self.weight_packed, scale_bytes(self.weight_scale), self.weight_global_scale, bias, w.block_size, w.scale_dtype,
-                fmt.exponent_bits, fmt.mantissa_bits,
+                fmt.exponent_bits, fmt.mantissa_bits, self.fused,
             )  # fmt: skip
         else:
             if spec is not None:
@@ -162,8 +162,18 @@ class QuantLinear(PackedModule):
         result: Tensor = out.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return result
 
-    def transformed(self, rows: Tensor) -> Tensor:
-        """Return (tokens, in) rows as they are quantized: after the transform of the input and less its offset, if it has these."""
+    @property
+    def fused(self) -> bool:
+        """Whether the operation that rounds the input transforms it in the same pass."""
+        return self.spec is not None and self.spec.transform == "hadamard" and self.input_offset is None
+
+    def transformed(self, rows: Tensor, *, fused: bool = False) -> Tensor:
+        """Return (tokens, in) rows as they are quantized: after the transform of the input and less its offset, if it has these.
+
+        ``fused``: but for what :attr:`fused` leaves to the operation that rounds them.
+        """
+        if fused and self.fused:
+            return rows
         if self.input_left is not None and self.input_right is not None:
             rows = kronecker(rows, self.input_left, self.input_right)
         elif self.spec is not None and self.spec.transform is not None:
@@ -179,9 +189,10 @@ class QuantLinear(PackedModule):
         weight = (self.weight_packed, self.weight_scale, bias, w.exponent_bits, w.mantissa_bits)
         out: Tensor
         if self.site is None or len(rows) <= _FEW_ROWS:
-            out = quantized_linear(self.transformed(rows), *rounding, *weight)
+            out = quantized_linear(self.transformed(rows, fused=True), *rounding, *weight, self.fused)
         else:
-            out = int_linear(*self.site.levels(x, lambda: quantize_input(self.transformed(rows), *rounding)), *weight)
+            levels = self.site.levels(x, lambda: quantize_input(self.transformed(rows, fused=True), *rounding, self.fused))
+            out = int_linear(*levels, *weight)
         return out
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
