@@ -18,6 +18,7 @@ import math
 import shutil
 import statistics
 import time
+from itertools import product
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def _sinks(plan: dict[str, Any]) -> dict[str, object]:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rows", nargs="+", default=ROWS)
-    arguments.add_argument("--sequences", type=int, default=32)
+    arguments.add_argument("--sequences", type=int, nargs="+", default=[32], help="of calibration; every row is made with each")
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--windows", type=int, default=16)
     arguments.add_argument("--length", type=int, default=512, help="tokens of a calibration sequence")
@@ -85,7 +86,9 @@ def main() -> None:
     arguments.add_argument("--propagation", choices=("sequential", "parallel"), default="sequential")
     arguments.add_argument("--compensation", choices=("none", "gptq", "gptaq"), help="instead of each row's own")
     arguments.add_argument("--inherited", type=float, help="search.inherited of gptaq")
-    arguments.add_argument("--damping", type=float, help="search.damping of error compensation")
+    arguments.add_argument(
+        "--damping", type=float, nargs="+", help="search.damping of error compensation; every row is made with each"
+    )
     arguments.add_argument("--outlier-tokens", type=float, help="search.outlier_tokens")
     arguments.add_argument("--reconstruction", choices=("none", "block"), default="none")
     arguments.add_argument("--rotation", action="store_true")
@@ -100,17 +103,18 @@ def main() -> None:
     source = smollm2()
     calibration, held_out = texts(AutoTokenizer.from_pretrained(source))
     calibration = calibration.flatten()[: calibration.numel() // a.length * a.length].view(-1, a.length).roll(-a.seed, 0)
-    tokens, measured = spread(calibration, a.sequences), spread(held_out, a.windows)
+    measured = spread(held_out, a.windows)
     reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     rows = []
-    for row, sinks in ((row, sinks) for row in a.rows for sinks in a.sinks or [None]):
-        out = WORK / f"{a.name}-checkpoint"
+    for row, sinks, damping, sequences in product(a.rows, a.sinks or [None], a.damping or [None], a.sequences):
+        tokens, out = spread(calibration, sequences), WORK / f"{a.name}-checkpoint"
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
         start = time.perf_counter()
         search = {"propagation": a.propagation} | ({"compensation": a.compensation} if a.compensation else {})
-        search |= {key: value for key in ("inherited", "damping", "outlier_tokens") if (value := getattr(a, key)) is not None}
-        search |= {"reconstruction": a.reconstruction}
+        given = {"inherited": a.inherited, "damping": damping, "outlier_tokens": a.outlier_tokens}
+        given = {key: value for key, value in given.items() if value is not None}
+        search |= {**given, "reconstruction": a.reconstruction}
         wish = recipe_of(row, a.rounds, a.average_bits, a.per_token, sinks, **search).model_copy(update={"seed": a.seed})
         if a.lm_head_bits is not None:
             wish = wish.model_copy(update={"bits": wish.bits.model_copy(update={"lm_head": a.lm_head_bits})})
@@ -139,7 +143,7 @@ def main() -> None:
                 "sequences": len(tokens),
                 "rounds": a.rounds,
                 **({"compensation": a.compensation} if a.compensation else {}),
-                **{key: value for key in ("inherited", "damping", "outlier_tokens") if (value := getattr(a, key)) is not None},
+                **given,
                 **({"reconstruction": a.reconstruction} if a.reconstruction != "none" else {}),
                 **({"rotation": True} if a.rotation else {}),
                 **({"learned": True} if a.learned else {}),
@@ -153,7 +157,7 @@ def main() -> None:
             }
         )
         print(
-            f"{row:24s} {sinks or '':9s} ppl {ours.perplexity:14.2f} (float {flat.perplexity:.2f})  G {gap:6.3f}  "
+            f"{row:24s} {sinks or damping or '':9} {sequences:3d} ppl {ours.perplexity:14.2f} (float {flat.perplexity:.2f})  G {gap:6.3f}  "
             f"KL {ours.kl:6.3f}  top-1 {ours.top1:.3f}  {seconds:5.0f} s"
             + "".join(f" = {f:.1f} forward passes" for f in forwards.values()),
             flush=True,

@@ -38,7 +38,7 @@ def test_impossible_options(refused: Any, tmp_path: Path, options: list[str], wo
         ("transforms: {online: true}\n", "transforms.online serves what a rotation does not reach"),
         ("method: minmax\nsearch: {compensation: gptq}\n", "search.compensation goes with a search, and method minmax has none"),
         ("method: smoothquant\nsearch: {bias_correction: true}\n", "search.bias_correction goes with a search"),
-        ("inputs: {offset: mean, granularity: per_block}\n", "inputs.offset is not implemented with block scales"),
+        ("method: minmax\ninputs: {offset: mean}\n", "inputs.offset goes with a search, and method minmax has none"),
         ("method: magic\n", "method"),
         ("weights: {formats: [e9m9]}\n", "e9m9"),
         ("- a\n- b\n", "must be a mapping"),

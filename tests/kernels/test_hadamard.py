@@ -50,11 +50,22 @@ def test_rounding_in_the_same_pass_equals_rounding_after_it(kernel: str) -> None
                 packed[:, -1] &= 15
             shift = torch.randint(0, limit + 1, (width,), dtype=torch.uint8) if limit else None
             rule = (torch.tensor(0.5), shift, None, 2, 1, True, limit, per_token)
-            blocks = (torch.ones(()), 32, "e8m0", 2, 1, packed, torch.full((5, -(-width // 32)), 127, dtype=torch.uint8), None, None)
+            blocks = (
+                torch.ones(()),
+                32,
+                "e8m0",
+                2,
+                1,
+                packed,
+                torch.full((5, -(-width // 32)), 127, dtype=torch.uint8),
+                None,
+                None,
+            )
             for x in (torch.randn(tokens, width) * 3, torch.randn(tokens, width).bfloat16(), torch.randn(width, tokens).t()):
                 levels, step = quantize_input(hadamard_reference(x), *rule)
                 got = quantize_input(x, *rule, True)
-                assert torch.equal(got[0], levels) and torch.equal(got[1], step)
+                assert torch.equal(got[0], levels)
+                assert torch.equal(got[1], step)
                 whole = quantized_linear(x, *rule, packed, scale, None, 2, 1, True)
                 assert torch.equal(whole, int_linear(levels, step, packed, scale, None, 2, 1))
                 plain = quantized_linear(x, *rule, packed, scale, None, 2, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def output_error(rows: Tensor, result: SiteResult) -> float:
     quantized = fake_quantize_input(shifted, plan.spec, plan.scale, plan.shift, None).double()
     for n, w in weights().items():
         chosen = result.weights[n]
-        stored = result.rounded.get(n, fake_quantize(w, chosen.scale[:, None], chosen.format)).double()
+        stored = result.rounded.get(n, fake_quantize(w, chosen.step(w.shape[1]), chosen.format)).double()
         target = rows.double() @ w.double().t()
         bias = result.bias.get(n, torch.zeros(len(w))).double()
         total += float((quantized @ stored.t() + bias - target).square().sum())
@@ -80,6 +81,25 @@ def test_means_are_subtracted_where_that_helps_and_the_plan_says_so(tmp_path: Pa
     assert errors[1] < 0.5 * errors[0]
     assert shifted.input.error == pytest.approx(errors[1], rel=0.02)  # relative to the whole output, as without offset
     assert output_error(biased(7), shifted) < 0.5 * output_error(biased(7), plain)  # held-out rows
+
+
+@pytest.mark.parametrize("compensation", ["none", "gptq"])
+@pytest.mark.parametrize(("size", "scale"), [(16, "e4m3"), (32, "e8m0")])
+def test_means_are_subtracted_under_block_scales_too(size: int, scale: str, compensation: str, tmp_path: Path) -> None:
+    blocks = {"granularity": "per_block", "block_size": size, "scale_dtype": scale, "formats": ["e2m1"]}
+    own = {"weights": blocks, "search": {"compensation": compensation}}
+    plain = search(biased(), Recipe.model_validate({**own, "inputs": {**blocks, "unsigned": True}}), tmp_path)
+    shifted = search(biased(), Recipe.model_validate({**own, "inputs": {**blocks, "offset": "mean"}}), tmp_path)
+    assert plain.input is not None
+    assert plain.input.offset is None
+    assert shifted.input is not None
+    assert shifted.input.spec == replace(plain.input.spec, offset=True)
+    assert "the mean of each channel is subtracted" in shifted.input.reason
+    assert set(shifted.bias) == set(weights())
+    assert output_error(biased(7), shifted) < 0.5 * output_error(biased(7), plain)  # held-out rows
+    centred = search(gelu() - gelu().mean(0), Recipe.model_validate({**own, "inputs": {**blocks, "offset": "mean"}}), tmp_path)
+    assert centred.input is not None
+    assert centred.input.offset is None
 
 
 def test_a_centred_input_is_left_as_it_is(tmp_path: Path) -> None:
@@ -172,10 +192,9 @@ def offsets(tmp_path: Path) -> Callable[..., SiteResult]:
     return lambda rows, rules: search(rows, rules, tmp_path)
 
 
-def test_block_scales_and_baselines_search_no_offset(offsets: Callable[..., SiteResult]) -> None:
+def test_methods_without_search_take_no_offset(offsets: Callable[..., SiteResult]) -> None:
     for fields in ({"method": "minmax"}, {"method": "smoothquant"}):
-        rules = Recipe.model_validate({**fields, "inputs": {"offset": "mean", "unsigned": True}})
-        result = offsets(biased(), rules)
+        result = offsets(gelu(), Recipe.model_validate({**fields, "inputs": {"unsigned": True}}))
         assert result.input is not None
         assert result.input.offset is None
         assert result.bias == {}

@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "inputs": {"sinks": "static", "unsigned": False},
         "search": {"grid": "paper", "propagation": "parallel"},
     },
-    "fast": {"inputs": {"shift_range": "int8"}, "search": {"rounds": 1, "sample_tokens": 512}},
+    "fast": {"inputs": {"granularity": "per_token"}, "search": {"rounds": 1, "sample_tokens": 512}},
     "balanced": {
         "transforms": _ROTATED,
         "inputs": {"shift_range": "search"},
@@ -56,7 +56,7 @@ SUMMARIES: dict[str, str] = {
     "minmax-int": "symmetric integers (INT4 is -7..7, the grid of E1M2), scales from the largest magnitude",
     "smoothquant": "integers with input range migrated into the weights (alpha 0.5), scales from the largest magnitude",
     "fpq-paper": "as published: the paper's grid of biases, float inputs to every layer, all scales static",
-    "fast": "one round on few tokens, channel shifts up to what int8 holds; any model",
+    "fast": "one round on few tokens, a scale per token; any model",
     "balanced": "rotation, shift ranges searched, error compensation, static scales but at sinks; models like LLaMA",
     "best": "a learned map of every input, a scale per token, error compensation, an 8-bit output head; any model, many times slower",
     "nvfp4": "E2M1 in blocks of 16 (E4M3 scales), weights' scales searched, error compensation; embedding and head in float",

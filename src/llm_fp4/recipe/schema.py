@@ -110,14 +110,13 @@ class Recipe(Strict):
         unsearched = {
             "search.compensation": self.search.compensation != "none",
             "search.bias_correction": self.search.bias_correction,
+            "inputs.offset": self.inputs.offset != "none",
             "search.outlier_tokens": self.search.outlier_tokens is not None,
         }
         if self.searched is None and (key := next((k for k, wanted in unsearched.items() if wanted), None)):
             raise ValueError(f"{key} goes with a search, and method {self.method} has none; use method fpq, or leave it out")
         if self.transforms.online and self.transforms.rotation == "none":
             raise ValueError("transforms.online serves what a rotation does not reach; set transforms.rotation to hadamard too")
-        if self.inputs.offset != "none" and self.inputs.granularity == "per_block":
-            raise ValueError("inputs.offset is not implemented with block scales; leave it out, or make inputs.granularity another")
         return self
 
     @model_validator(mode="after")

@@ -45,44 +45,37 @@ def search_site(
         NonFiniteError: the calibration input holds NaN or infinity. CalibrationError: error compensation needs more damping.
     """
     statistics.check()
-    rule = next(iter(rules.values()))
-    correct = recipe.searched is not None and recipe.searched.bias_correction
+    rule, search = next(iter(rules.values())), recipe.searched
+    blocks = rule.weight_blocks is not None and bool(rule.weight_formats)
+    correct = search is not None and search.bias_correction
     statistics = replace(statistics, centered=True) if correct else statistics
-    if rule.weight_blocks is not None and rule.weight_formats:
-        with _told(name, recipe):
-            result = search_blocks(name, weights, statistics, rules, recipe, wanted)
-        result.bias = folded_biases(weights, replace(statistics, wanted=wanted), result, None, correct)
-        return result
-    per_token, ratio = scale_per_token(statistics, rule, recipe) if rule.input_formats else (False, None)
-    reason, read = "", statistics
+    per_token, ratio = scale_per_token(statistics, rule, recipe) if rule.input_formats and not blocks else (False, None)
+    reason, chosen, why = "", None, ""
     if per_token and rule.granularity != "per_token":
         reason = f"scale per token: the largest token is {ratio:.0f} times the median, which one static scale cannot span"
-    if recipe.method in ("minmax", "smoothquant"):
-        smooth = recipe.method == "smoothquant"
-        result = minmax(name, weights, statistics, rules, per_token=per_token, smooth=smooth, fixed=fixed)
+    if search is not None and rule.input_formats:
+        found = variants(statistics, rule, recipe.inputs)
+        chosen, why = choose_variant(found, weights, statistics, rules, grids(search)[1], search.sample_tokens, per_token=per_token)
+        rules = {n: r.model_copy(update={"input_formats": chosen.formats}) for n, r in rules.items()}
+    offset = None if chosen is None else chosen.offset
+    read = statistics.minus(offset)
+    with _told(name, recipe):
+        if blocks:
+            result = search_blocks(name, weights, read, rules, recipe, wanted)
+        elif search is None:
+            smooth = recipe.method == "smoothquant"
+            result = minmax(name, weights, read, rules, per_token=per_token, smooth=smooth, fixed=fixed)
+        else:
+            result = descend(name, weights, read, rules, search, per_token=per_token, fixed=fixed)
+            if search.compensation != "none":
+                compensate_site(weights, replace(read, wanted=wanted), result, search, fixed)
+    if not blocks:
         result.rounded |= {n: f.values for n, f in (fixed or {}).items()}
-    else:
-        chosen, why = (
-            choose_variant(
-                variants(statistics, rule, recipe.inputs), weights, statistics, rules, grids(recipe.search)[1],
-                recipe.search.sample_tokens, per_token=per_token,
-            )
-            if rule.input_formats else (None, "")
-        )  # fmt: skip
-        offset = None if chosen is None else chosen.offset
-        if chosen is not None:
-            rules = {n: r.model_copy(update={"input_formats": chosen.formats}) for n, r in rules.items()}
-        read = shifted = statistics.minus(offset)
-        result = descend(name, weights, shifted, rules, recipe.search, per_token=per_token, fixed=fixed)
-        if recipe.search.compensation != "none":
-            with _told(name, recipe):
-                compensate_site(weights, replace(shifted, wanted=wanted), result, recipe.search, fixed)
-        result.rounded |= {n: f.values for n, f in (fixed or {}).items()}
-        result.bias = folded_biases(weights, replace(shifted, wanted=wanted), result, offset, correct)
-        if result.input is not None and offset is not None:
-            result.input.spec, result.input.offset = replace(result.input.spec, offset=True), offset
-        reason = "; ".join(r for r in (reason, why) if r)
+    result.bias = folded_biases(weights, replace(read, wanted=wanted), result, offset, correct)
+    reason = "; ".join(r for r in (reason, why) if r)
     if result.input is not None:
+        if offset is not None:
+            result.input.spec, result.input.offset = replace(result.input.spec, offset=True), offset
         result.input.sink_ratio, result.input.reason = ratio, reason
         result.input.clipped = _clipped(result.input, read, recipe.search.sample_tokens)
     return result

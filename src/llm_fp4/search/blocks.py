@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llm_fp4.numerics import fake_quantize, max_scale, neighbour, second_scale
+from llm_fp4.numerics import FloatFormat, PerBlock, fake_quantize, max_scale, neighbour, second_scale
 from llm_fp4.plan import InputPlan, InputSpec, SiteResult, WeightPlan
 from llm_fp4.recipe import ModuleRule, Recipe
 from llm_fp4.search.block_compensation import BlockGrid, compensate_blocks
@@ -38,9 +38,11 @@ def search_blocks(
     """
     rule = next(iter(rules.values()))
     search = recipe.method != "minmax"
-    choice = (
-        choose_block_input(weights, statistics, rule, recipe.search.sample_tokens, search=search) if rule.input_formats else None
-    )
+    choice: InputChoice | None = None
+    if rule.input_formats:
+        sample, counts = statistics.sample(recipe.search.sample_tokens), [statistics.outputs(n) for n in weights]
+        error = OutputError(*sample, list(weights.values()), counts, centered=statistics.centered)
+        choice = choose_block_input(error, statistics.channel_absmax.amax(), rule, search=search)
     gram = statistics.quantized_gram(choice.quantize if choice else None)
     compensated = gram
     if wanted is not None:
@@ -53,23 +55,22 @@ def search_blocks(
 
     result, loss, energy = SiteResult(None, {}), 0.0, 0.0
     for n, w in weights.items():
-        counts = statistics.outputs(n)
-        own = max(output_energy(w, statistics.gram, counts), 1e-30)
+        count = statistics.outputs(n)
+        own = max(output_energy(w, statistics.gram, count), 1e-30)
         best: tuple[float, WeightPlan] | None = None
         for fmt in rules[n].weight_formats if search else rules[n].weight_formats[:1]:
-            scale = neighbour(max_scale(blocks.absmax(w), second, fmt, blocks), 0, blocks)
+            plan = maximum_blocks(n, w, fmt, blocks, second)
             if search:
-                scale = search_scales(w, gram, fmt, blocks, scale, second, joint=True)
-            plan = WeightPlan(n, fmt, scale, None, blocks, second)
-            lost = output_loss(w, fake_quantize(w, plan.step(w.shape[1]), fmt), gram, counts)
+                plan.scale = search_scales(w, gram, fmt, blocks, plan.scale, second, joint=True)
+            lost = output_loss(w, fake_quantize(w, plan.step(w.shape[1]), fmt), gram, count)
             best = (lost, plan) if best is None or lost < best[0] else best
         assert best is not None
         lost, plan = best
         if search and recipe.search.compensation != "none":
             values, scale = compensate_blocks(w, compensated, BlockGrid(plan.format, blocks, second), recipe.search)
             nearest = fake_quantize(w, plan.step(w.shape[1]), plan.format)
-            before = lost if compensated is gram else output_loss(w, nearest, compensated, counts)
-            if (again := output_loss(w, values, compensated, counts)) < before:
+            before = lost if compensated is gram else output_loss(w, nearest, compensated, count)
+            if (again := output_loss(w, values, compensated, count)) < before:
                 lost, plan.scale, result.rounded[n] = lost * again / max(before, 1e-30), scale, values
         result.weights[n], plan.error = plan, lost / own
         loss, energy = loss + lost, energy + own
@@ -78,17 +79,28 @@ def search_blocks(
     return result
 
 
-def choose_block_input(
-    weights: dict[str, Tensor], statistics: SiteStatistics, rule: ModuleRule, sample_tokens: int, *, search: bool
-) -> InputChoice:
-    """Return the format of an input with block scales, and the scale over them that harms the float outputs least."""
+def maximum_blocks(name: str, weight: Tensor, fmt: FloatFormat, blocks: PerBlock, second: Tensor | None = None) -> WeightPlan:
+    """Return the plan in which every block's largest magnitude is the largest value.
+
+    Args:
+        weight: (out, in) float32. second: () float32 over two-level scales; None: by the weight's largest magnitude.
+    """
+    if second is None and blocks.two_level:
+        second = second_scale(weight.abs().amax(), fmt)
+    return WeightPlan(name, fmt, neighbour(max_scale(blocks.absmax(weight), second, fmt, blocks), 0, blocks), None, blocks, second)
+
+
+def choose_block_input(error: OutputError, top: Tensor, rule: ModuleRule, *, search: bool = True) -> InputChoice:
+    """Return the format of an input with block scales, and the scale over them that harms the outputs least.
+
+    Args:
+        top: () the largest magnitude of the input.
+    """
     blocks = rule.input_blocks
     assert blocks is not None
-    counts = [statistics.outputs(n) for n in weights]
-    error = OutputError(*statistics.sample(sample_tokens), list(weights.values()), counts, centered=statistics.centered)
     best: InputChoice | None = None
     for fmt in rule.input_formats if search else rule.input_formats[:1]:
-        spec, top = InputSpec(fmt, blocks.name), statistics.channel_absmax.amax()
+        spec = InputSpec(fmt, blocks.name)
         first = second_scale(top, fmt) if blocks.two_level else torch.ones_like(top)
         for octave in range(_OCTAVES if search and blocks.two_level else 1):
             choice = InputChoice(spec, first * 2.0**-octave, None, float("inf"))

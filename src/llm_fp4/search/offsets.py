@@ -15,6 +15,7 @@ from torch import Tensor
 from llm_fp4.numerics import FloatFormat, fake_quantize, scale_of_max
 from llm_fp4.plan import SiteResult
 from llm_fp4.recipe import InputRules, ModuleRule
+from llm_fp4.search.blocks import choose_block_input, maximum_blocks
 from llm_fp4.search.grids import Grid
 from llm_fp4.search.inputs import InputChoice, OutputError, choose_input, maximum_choices
 from llm_fp4.statistics import SiteStatistics
@@ -52,7 +53,13 @@ def variants(statistics: SiteStatistics, rule: ModuleRule, inputs: InputRules) -
     if inputs.offset == "mean":
         found.append(Variant(mean, rule.input_formats, "the mean of each channel is subtracted"))
     least, most = float(low.amin()), float(high.amax())
-    if rule.unsigned_formats and most > 0 and -least * SKEW <= most and _mostly_above_zero(statistics):
+    if (
+        rule.unsigned_formats
+        and rule.input_blocks is None
+        and most > 0
+        and -least * SKEW <= most
+        and _mostly_above_zero(statistics)
+    ):
         if least >= 0:
             found.append(Variant(None, rule.unsigned_formats, "unsigned, for it is never negative"))
         else:
@@ -84,13 +91,17 @@ def choose_variant(
     rows, row_weight = statistics.sample(sample_tokens)
     low, high, _ = statistics.channel_ranges
     counts = [statistics.outputs(n) for n in weights]
-    rounded = [_nearest(w, rules[n].weight_formats) for n, w in weights.items()]
+    rounded = [_nearest(w, rules[n]) for n, w in weights.items()]
     rule, losses = next(iter(rules.values())), []
     for variant in found:
         exact = OutputError(variant.shifted(rows), row_weight, list(weights.values()), counts, centered=statistics.centered)
         absmax = torch.maximum(variant.shifted(high).abs(), variant.shifted(low).abs())
-        starts = maximum_choices(absmax, rule.model_copy(update={"input_formats": variant.formats}), per_token=per_token)
-        losses.append(choose_input(exact.under(rounded), starts, grid)[0].loss)
+        error, own = exact.under(rounded), rule.model_copy(update={"input_formats": variant.formats})
+        if rule.input_blocks is None:
+            choice = choose_input(error, maximum_choices(absmax, own, per_token=per_token), grid)[0]
+        else:
+            choice = choose_block_input(error, absmax.amax(), own)
+        losses.append(choice.loss)
     best = min(range(len(found)), key=losses.__getitem__)
     if losses[best] > (1 - GAIN) * losses[0]:
         return found[0], ""
@@ -125,8 +136,12 @@ def folded_biases(
     return out
 
 
-def _nearest(weight: Tensor, formats: tuple[FloatFormat, ...]) -> Tensor:
-    """Return ``weight`` rounded under each row's largest magnitude, by the format that errs least."""
-    absmax = weight.abs().amax(1)
-    tried = [fake_quantize(weight, scale_of_max(absmax, f).unsqueeze(1), f) for f in formats]
+def _nearest(weight: Tensor, rule: ModuleRule) -> Tensor:
+    """Return ``weight`` rounded under the largest magnitude of each row or block, by the format that errs least."""
+    if rule.weight_blocks is None:
+        absmax = weight.abs().amax(1)
+        tried = [fake_quantize(weight, scale_of_max(absmax, f).unsqueeze(1), f) for f in rule.weight_formats]
+    else:
+        plans = [maximum_blocks("", weight, f, rule.weight_blocks) for f in rule.weight_formats]
+        tried = [fake_quantize(weight, p.step(weight.shape[1]), p.format) for p in plans]
     return min(tried, key=lambda q: float((weight - q).square().sum()))

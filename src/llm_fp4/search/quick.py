@@ -51,12 +51,11 @@ def quick_input(weights: dict[str, Tensor], statistics: SiteStatistics, rule: Mo
     Args:
         weights: (out, in) float32 of every operand.
     """
+    error = OutputError(*statistics.sample(_SAMPLE), list(weights.values()))
     if rule.input_blocks is not None:
-        search = recipe.method != "minmax"
-        block = choose_block_input(weights, statistics, rule, _SAMPLE, search=search)
+        block = choose_block_input(error, statistics.channel_absmax.amax(), rule, search=recipe.method != "minmax")
         return block.quantize, block.loss
     per_token, _ = scale_per_token(statistics, rule, recipe)
-    error = OutputError(*statistics.sample(_SAMPLE), list(weights.values()))
     starts = maximum_choices(statistics.channel_absmax, rule, per_token=per_token)
     starts = starts if recipe.method != "minmax" else starts[:1]
     wide = rule.input_formats[0].bits > _NARROW
