@@ -15,7 +15,7 @@ import llm_fp4
 from llm_fp4.errors import CheckpointError, UnsupportedError
 from llm_fp4.integrations.recognize import operands_of
 from llm_fp4.nn import QuantLinear
-from llm_fp4.recipe import Recipe
+from llm_fp4.recipe import Recipe, load_recipe
 
 from .families import batch, build, scores
 
@@ -23,13 +23,19 @@ RULES = Recipe.model_validate(
     {"inputs": {"offset": "mean", "unsigned": True}, "search": {"rounds": 1, "bias_correction": True, "sample_tokens": 64}}
 )
 
+NVFP4 = load_recipe("nvfp4").model_dump()
+BLOCKS = Recipe.model_validate(
+    {**NVFP4, "inputs": {**NVFP4["inputs"], "offset": "mean"}, "search": {**NVFP4["search"], "bias_correction": True}}
+)
+FAMILIES = [(f, RULES) for f in ("GPT-2", "ViT", "T5, head apart", "OPT", "BERT, tied head")]
 
-@pytest.mark.parametrize("family", ["GPT-2", "ViT", "T5, head apart", "OPT", "BERT, tied head"])
-def test_disk_equals_memory(family: str, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(("family", "rules"), [*FAMILIES, ("ViT", BLOCKS), ("OPT", BLOCKS)])
+def test_disk_equals_memory(family: str, rules: Recipe, tmp_path: Path) -> None:
     build(family).save_pretrained(tmp_path / "float")
     data = batch(family)
-    model = llm_fp4.load(llm_fp4.quantize(tmp_path / "float", tmp_path / "out", RULES, batches=[data]))
-    memory = llm_fp4.quantize_module(build(family), [data], RULES)
+    model = llm_fp4.load(llm_fp4.quantize(tmp_path / "float", tmp_path / "out", rules, batches=[data]))
+    memory = llm_fp4.quantize_module(build(family), [data], rules)
     with torch.no_grad():
         ours, expected, flat = (scores(m(**data)) for m in (model, memory, build(family)))
     assert torch.allclose(ours, expected, atol=1e-5 * float(expected.abs().max()))
