@@ -32,6 +32,7 @@ from llm_fp4.recipe import Recipe, load_recipe
 Changes = dict[str, dict[str, Any]]
 RUNGS: dict[str, Changes] = {
     "shift range searched": {"inputs": {"shift_range": "search"}},
+    "every shift range searched": {"inputs": {"shift_range": "every"}},
     "error compensation": {"search": {"compensation": "gptq"}},
     "rotation": {"transforms": {"rotation": "hadamard", "online": True}},
     "scale per token": {"inputs": {"granularity": "per_token"}},
@@ -40,7 +41,7 @@ RUNGS: dict[str, Changes] = {
     "learned rounding": {"search": {"reconstruction": "block"}},
 }
 LADDER = {
-    "smollm2": ("shift range searched", "error compensation", "rotation", "scale per token"),
+    "smollm2": ("shift range searched", "error compensation", "rotation", "scale per token", "learned rounding"),
     "vit": ("shift range searched", "error compensation", "scale per token", "bias correction"),
     "minilm": ("shift range searched", "error compensation", "scale per token", "bias correction"),
 }

@@ -33,7 +33,7 @@ def test_impossible_options(refused: Any, tmp_path: Path, options: list[str], wo
         ("ignore: lm_head\n", "ignore is a list; write ignore: [lm_head]"),
         (
             "inputs: {shift_range: foo}\n",
-            "inputs.shift_range: a shift range of foo is not possible; choose 0 to 15, format, int8 or search",
+            "inputs.shift_range: a shift range of foo is not possible; choose 0 to 15, format, int8, search or every",
         ),
         ("transforms: {online: true}\n", "transforms.online serves what a rotation does not reach"),
         ("method: minmax\nsearch: {compensation: gptq}\n", "search.compensation goes with a search, and method minmax has none"),

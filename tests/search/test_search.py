@@ -344,6 +344,7 @@ def test_a_shared_embedding_serves_the_head_better_than_its_rows_alone() -> None
     [
         ("e1m2", "format", [1]), ("e1m2", "int8", [4]), ("e1m2", "search", [0, 1, 4]), ("e2m1", "format", [3]), ("e2m1", "int8", [3]),
         ("e2m1", "search", [0, 3]), ("e3m0", "int8", [0]), ("e3m0", "search", [0, 7]), ("e4m3", "int8", [0]), ("e2m1", 2, [2]),
+        ("e1m2", "every", [0, 1, 2, 3, 4]), ("e2m1", "every", [0, 1, 2, 3]), ("e3m0", "every", [0, 7]), ("e4m3", "every", [0, 15]),
     ],
 )  # fmt: skip
 def test_shift_limits(name: str, shift_range: str | int, expected: list[int]) -> None:
@@ -362,9 +363,10 @@ def test_a_searched_shift_range_is_the_best_of_all_ranges(site: SiteStatistics, 
         wish = Recipe.model_validate({"inputs": rules, "search": {"rounds": 2}})
         return search_site("site", weights(), site, {n: wish.rule(n) for n in weights()}, wish)
 
-    errors = {k: run(k, "e1m2").input.error for k in (0, "format", "int8", "search")}  # type: ignore[union-attr]
+    errors = {k: run(k, "e1m2").input.error for k in (0, "format", "int8", "search", "every")}  # type: ignore[union-attr]
     assert errors["int8"] < errors["format"] < errors[0]  # type: ignore[operator]
     assert errors["search"] == pytest.approx(errors["int8"], rel=1e-6)
+    assert errors["every"] == pytest.approx(errors["int8"], rel=1e-6)
     plan = run("search", "e1m2", "e2m1").input
     assert plan is not None
     assert plan.shift is not None

@@ -67,13 +67,13 @@ def _check_formats(names: list[str] | None) -> list[str] | None:
     return names
 
 
-ShiftRange = Literal["format", "int8", "search"] | int
+ShiftRange = Literal["format", "int8", "search", "every"] | int
 
 
 def _check_shift_range(value: Any) -> Any:
-    if value in (None, "format", "int8", "search") or (type(value) is int and 0 <= value <= 15):
+    if value in (None, "format", "int8", "search", "every") or (type(value) is int and 0 <= value <= 15):
         return value
-    raise ValueError(f"a shift range of {value} is not possible; choose 0 to 15, format, int8 or search")
+    raise ValueError(f"a shift range of {value} is not possible; choose 0 to 15, format, int8, search or every")
 
 
 class _BlockRules(Strict):
@@ -102,7 +102,8 @@ class InputRules(_BlockRules):
 
     ``granularity``: "per_block" scales each ``block_size`` values of a token when it runs, in ``scale_dtype``.
     ``shift``: pre-shifted exponent bias. ``shift_range``: its largest shift: "format" as the paper has it (2^e - 1), "int8" the
-    most that one int8 limb holds, a number, or "search": 0 or either, by error at each site.
+    most that one int8 limb holds, a number, "search": 0 or either, by error at each site, or
+    "every": any up to that of int8, or the format's, likewise.
     ``sinks``: what to do with a site whose largest token exceeds the median token ``sink_ratio`` times: "per_token" gives
     that site a scale per token, "static" keeps the one scale; "prefix" puts a few tokens before every sequence that take the part of
     the sink, in float, and gives a scale per token where that does not help. ``prefix_tokens``: the most tokens of a prefix.

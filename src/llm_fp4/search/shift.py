@@ -16,15 +16,17 @@ from llm_fp4.recipe import ShiftRange
 def shift_limits(fmt: FloatFormat, shift_range: ShiftRange) -> list[int]:
     """Return the largest shifts to try for inputs of ``fmt``, the smallest first.
 
-    "format" is the paper's 2^e - 1, "int8" the largest K with ``max_level * 2**K <= 127``, "search" is 0, both of them.
+    "format" is the paper's 2^e - 1, "int8" the largest K with ``max_level * 2**K <= 127``, "search" is 0, both of them,
+    "every" all up to the second, and the first.
 
     Those of unsigned formats stay within two int8 limbs.
 
-    >>> shift_limits(FloatFormat(1, 2), "search"), shift_limits(FloatFormat(2, 1), "search"), shift_limits(FloatFormat(3, 0), "int8")
-    ([0, 1, 4], [0, 3], [0])
+    >>> shift_limits(FloatFormat(1, 2), "search"), shift_limits(FloatFormat(2, 1), "every"), shift_limits(FloatFormat(3, 0), "int8")
+    ([0, 1, 4], [0, 1, 2, 3], [0])
     """
     budget = max((LIMB // fmt.max_level).bit_length() - 1, 0)  # 127 // 12 = 10: 3 doublings
-    known = {"format": [fmt.max_shift], "int8": [budget], "search": [0, fmt.max_shift, budget]}
+    both = [fmt.max_shift, budget]
+    known = {"format": both[:1], "int8": both[1:], "search": [0, *both], "every": [*both, *range(budget)]}
     most = LIMB if fmt.signed else max((TWO_LIMBS // fmt.max_level).bit_length() - 1, 0)  # ue3m1: 192 * 2**6 = 12,288
     return sorted({min(k, most) for k in ([shift_range] if isinstance(shift_range, int) else known[shift_range])})
 
