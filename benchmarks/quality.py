@@ -106,7 +106,7 @@ def main() -> None:
     measured = spread(held_out, a.windows)
     reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     rows = []
-    for row, sinks, damping, sequences in product(a.rows, a.sinks or [None], a.damping or [None], a.sequences):
+    for sequences, row, sinks, damping in product(a.sequences, a.rows, a.sinks or [None], a.damping or [None]):
         tokens, out = spread(calibration, sequences), WORK / f"{a.name}-checkpoint"
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
