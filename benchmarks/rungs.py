@@ -42,7 +42,7 @@ RUNGS: dict[str, Changes] = {
 }
 LADDER = {
     "smollm2": ("shift range searched", "error compensation", "rotation", "scale per token", "learned rounding"),
-    "vit": ("shift range searched", "error compensation", "scale per token", "bias correction"),
+    "vit": ("shift range searched", "error compensation", "scale per token", "bias correction", "learned rounding"),
     "minilm": ("shift range searched", "error compensation", "scale per token", "bias correction"),
 }
 NAMED = {"learned maps (best)": "best"} | {f"recipe {name}": name for name in ("fast", "balanced", "nvfp4", "mxfp4")}
