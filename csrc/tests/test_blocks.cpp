@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "hadamard.h"
 #include "tests/check.h"
 
 namespace llm_fp4 {
@@ -131,6 +132,17 @@ void test_blocks(const Kernels& k) {
   expect(same, k.name, "block_linear in its order", tokens, in, out);
   expect(close, k.name, "block_linear", tokens, in, out);
   expect(float_close, k.name, "float_linear with block scales", tokens, in, out);
+
+  std::vector<float> turned(x);
+  for (int64_t t = 0; t < tokens; ++t) hadamard(turned.data() + t * in, in, turned.data() + t * in);
+  BlockInput mixed = call, apart = call;
+  mixed.hadamard = true;
+  apart.x = turned.data(), apart.bfloat16 = false;
+  block_linear(k, w, mixed, added, y.data(), threads);
+  block_linear(k, w, apart, added, z.data(), threads);
+  bool alike = true;
+  for (size_t i = 0; i < y.size(); ++i) alike &= y[i] == z[i] || (std::isnan(y[i]) && std::isnan(z[i]));
+  expect(alike, k.name, "block_linear of a transformed input", tokens, in, out);
 }
 
 void test_half_scales(const Kernels& k) {

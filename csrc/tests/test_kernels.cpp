@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "hadamard.h"
 #include "tests/check.h"
 
 using namespace llm_fp4;
@@ -20,7 +21,7 @@ void test_quantize(const Kernels& k) {
   while (most < 7 && f.max_level() << (most + 1) <= 16383) ++most;
   const int max_shift = below(most + 1);
   const int64_t tokens = below(5), in = below(300);
-  const bool wide = f.max_level() << max_shift > 127, per_token = below(2), bfloat16 = below(2), smooth = below(2);
+  const bool wide = f.max_level() << max_shift > 127, per_token = below(2), bfloat16 = below(2), smooth = below(2), mixed = below(2);
   std::vector<float> x(tokens * in), factor(in), step(tokens + 1);
   std::vector<uint16_t> half(tokens * in);
   std::vector<uint8_t> shift(in);
@@ -39,8 +40,9 @@ void test_quantize(const Kernels& k) {
   void* levels = wide ? static_cast<void*>(broad.data()) : narrow.data();
   const void* input = bfloat16 ? static_cast<const void*>(half.data()) : x.data();
   const float* divisor = smooth ? factor.data() : nullptr;
-  quantize_input(k, {input, bfloat16, tokens, in, &scale, shift.data(), divisor, f, max_shift, per_token, levels, step.data()},
+  quantize_input(k, {input, bfloat16, tokens, in, &scale, shift.data(), divisor, f, max_shift, per_token, levels, step.data(), mixed},
                  1 + below(3));
+  for (int64_t t = 0; mixed && t < tokens; ++t) hadamard(x.data() + t * in, in, x.data() + t * in);
   bool good = true;
   for (int64_t t = 0; t < tokens; ++t) {
     float unit = scale;
