@@ -8,6 +8,7 @@
 namespace llm_fp4 {
 
 void hadamard(const float* x, int64_t in, float* y) {
+  if (in == 0) return;  // null pointers are no rows to move
   const int64_t size = in & -in;
   const float unit = static_cast<float>(1.0 / std::sqrt(static_cast<double>(size)));
   std::memmove(y, x, static_cast<size_t>(in) * sizeof(float));

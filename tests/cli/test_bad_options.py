@@ -39,6 +39,7 @@ def test_impossible_options(refused: Any, tmp_path: Path, options: list[str], wo
         ("method: minmax\nsearch: {compensation: gptq}\n", "search.compensation goes with a search, and method minmax has none"),
         ("method: smoothquant\nsearch: {bias_correction: true}\n", "search.bias_correction goes with a search"),
         ("method: minmax\ninputs: {offset: mean}\n", "inputs.offset goes with a search, and method minmax has none"),
+        ("method: smoothquant\ninputs: {offset: mean}\n", "inputs.offset goes with a search, and method smoothquant has none"),
         ("method: magic\n", "method"),
         ("weights: {formats: [e9m9]}\n", "e9m9"),
         ("- a\n- b\n", "must be a mapping"),

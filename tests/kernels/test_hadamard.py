@@ -72,6 +72,12 @@ def test_rounding_in_the_same_pass_equals_rounding_after_it(kernel: str) -> None
                 assert tokens == 0 or torch.equal(whole, plain) == (width == 7)  # an odd width has nothing to mix
                 whole = quantized_block_linear(x, *blocks, 32, "e8m0", 2, 1, True)
                 assert torch.equal(whole, quantized_block_linear(hadamard_reference(x), *blocks, 32, "e8m0", 2, 1))
+        for op, arguments in (
+            (quantize_input, (x, *rule, True)),
+            (quantized_linear, (x, *rule, packed, scale, None, 2, 1, True)),
+            (quantized_block_linear, (x, *blocks, 32, "e8m0", 2, 1, True)),
+        ):
+            torch.library.opcheck(op, arguments)
     finally:
         select()
 

@@ -11,9 +11,21 @@ from torch import nn
 
 from llm_fp4.errors import CheckpointError
 from llm_fp4.kernels.compiled import available, select
+from llm_fp4.kernels.hadamard import hadamard_reference
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.nn import QuantEmbedding, QuantLinear, borrow_weight, replace_module, share_weight
-from llm_fp4.numerics import FloatFormat, PerRow, formats_of_width, parse, quantize_tensor, scale_of_max
+from llm_fp4.nn.shared import InputSite
+from llm_fp4.numerics import (
+    FloatFormat,
+    PerBlock,
+    PerRow,
+    formats_of_width,
+    max_scale,
+    neighbour,
+    parse,
+    quantize_tensor,
+    scale_of_max,
+)
 from llm_fp4.plan import InputPlan, InputSpec
 
 FOUR = formats_of_width(4)
@@ -41,6 +53,7 @@ def layer_of(weight_format: FloatFormat, spec: InputSpec | None, bias: bool = Tr
 def simulated(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     rows = x.reshape(-1, layer.in_features)
     if layer.spec is not None:
+        rows = rows if layer.spec.transform is None else hadamard_reference(rows)
         rows = rows if layer.input_offset is None else rows - layer.input_offset
         rows = fake_quantize_input(rows, layer.spec, layer.input_scale, layer.input_shift, layer.input_smooth)
     out = rows.double() @ layer.quantized.dequantize().double().t()
@@ -83,6 +96,31 @@ def test_offsets_and_unsigned_inputs_are_the_simulation_on_integers(input_format
         layer.to(torch.bfloat16)
         assert layer.input_offset is not None
         assert layer.input_offset.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("name", ["e2m1", "e4m3", "nvfp4", "mxfp4"])
+def test_a_transformed_input_is_the_simulation(name: str, offset: bool) -> None:
+    blocks = {"nvfp4": PerBlock(16, "e4m3"), "mxfp4": PerBlock(32, "e8m0")}.get(name)
+    fmt = parse("e2m1") if blocks else parse(name)
+    spec = InputSpec(fmt, blocks.name if blocks else "per_token", transform="hadamard", offset=offset)
+    layer = layer_of(parse("e2m1"), spec, inner=48)
+    if blocks:
+        scale = neighbour(max_scale(blocks.absmax(layer.weight), torch.tensor(2.0**-6), fmt, blocks), 0, blocks)
+        second = torch.tensor(2.0**-6) if blocks.two_level else None
+        weight = quantize_tensor(layer.weight, scale, fmt, blocks, "w", second)
+        layer = QuantLinear.from_plan(
+            weight,
+            InputPlan("x", ["x"], spec, torch.tensor(2.0**-6) if second is not None else torch.ones(()), offset=layer.input_offset),
+            layer.bias,
+        )
+    layer.site = InputSite()
+    for rows in (1, 5, 40):  # more than 8 are rounded apart from the product
+        for x in (torch.randn(rows, 48) + 1, torch.randn(rows, 48).bfloat16()):
+            expected = simulated(layer, x.float())
+            tolerance = 1e-5 if x.dtype == torch.float32 else 1e-2
+            assert torch.allclose(layer(x).double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 def test_a_folded_bias_is_added_to_the_layer_s_own_or_is_its_first() -> None:

@@ -12,12 +12,12 @@ from llm_fp4.plan import InputPlan, InputSpec
 
 
 class Attention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, transform: str | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
         shift = torch.randint(0, 4, (16,), dtype=torch.uint8)
         for name, fmt, scale in (("q", "e2m1", 0.2), ("k", "e3m0", 0.2), ("v", "e1m2", 0.2), ("o", "e2m1", 0.3)):
-            plan = InputPlan(name, [name], InputSpec(parse("e2m1"), max_shift=3), torch.tensor(scale), shift)
+            plan = InputPlan(name, [name], InputSpec(parse("e2m1"), max_shift=3, transform=transform), torch.tensor(scale), shift)
             weight = torch.randn(8, 16)
             packed = quantize_tensor(weight, scale_of_max(weight.abs().amax(1), parse(fmt)), parse(fmt), PerRow())
             setattr(self, name, QuantLinear.from_plan(packed, plan, None))
@@ -79,9 +79,10 @@ def test_loading_other_numbers_parts_the_site() -> None:
     assert model.q.site is None
 
 
+@pytest.mark.parametrize("transform", [None, "hadamard"])
 @pytest.mark.parametrize("tokens", [2, 20])
-def test_it_compiles_into_one_graph(tokens: int) -> None:
-    model, x = Attention(), torch.randn(tokens, 16)
+def test_it_compiles_into_one_graph(tokens: int, transform: str | None) -> None:
+    model, x = Attention(transform), torch.randn(tokens, 16)
     share_inputs(model)
     with torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

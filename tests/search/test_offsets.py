@@ -182,7 +182,7 @@ def test_unsigned_formats_stay_on_integers() -> None:
     rules = recipe({"unsigned": True}).rule("q")
     assert [f.name for f in rules.unsigned_formats] == ["ue1m3", "ue2m2", "ue3m1"]
     for fmt in rules.unsigned_formats:
-        assert all(fmt.max_level << k <= TWO_LIMBS for r in ("format", "int8", "search", 15) for k in shift_limits(fmt, r))
+        assert all(fmt.max_level << k <= TWO_LIMBS for r in ("format", "int8", "search", "every", 15) for k in shift_limits(fmt, r))
     assert recipe({"unsigned": True, "formats": ["e2m1", "ue2m2", "int"]}).rule("q").unsigned_formats[0].name == "ue2m2"
     assert recipe({}).rule("q").unsigned_formats == ()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from llm_fp4.kernels.hadamard import hadamard_reference
+from llm_fp4.kernels.hadamard import hadamard
 from llm_fp4.kernels.ops import empty_product
 from llm_fp4.numerics import FloatFormat, PerBlock, block_step, decode, max_scale, round_to_level, unpack
 
@@ -74,7 +74,7 @@ def quantized_block_linear_reference(
         x to input_mantissa_bits: of :func:`quantize_blocks`. transform: whether rows pass
             :func:`llm_fp4.kernels.hadamard.hadamard` first. The others are of :func:`block_linear`.
     """
-    x = hadamard_reference(x) if transform else x
+    x = hadamard(x) if transform else x
     values = quantize_blocks(x, input_second, input_block_size, input_scale_dtype, input_exponent_bits, input_mantissa_bits)
     out: Tensor = block_linear(
         values, weight_packed, weight_scale, second, bias, block_size, scale_dtype, exponent_bits, mantissa_bits

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.kernels import ops
-from llm_fp4.kernels.hadamard import hadamard_reference
+from llm_fp4.kernels.hadamard import hadamard
 from llm_fp4.numerics import FloatFormat
 
 
@@ -41,7 +41,7 @@ def quantize_input(
     """Return what :func:`llm_fp4.kernels.ops.quantize_input` does, bit for bit."""
     kernels = _kernels()
     fmt = FloatFormat(exponent_bits, mantissa_bits, signed)
-    x = hadamard_reference(x) if transform else x
+    x = hadamard(x) if transform else x
     ops.check_limbs(fmt, max_shift)
     if kernels is None or not _dense(scale, shift, smooth):
         return ops.quantize_input_reference(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token)

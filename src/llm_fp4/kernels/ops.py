@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4.errors import UnsupportedError
-from llm_fp4.kernels.hadamard import hadamard_reference
+from llm_fp4.kernels.hadamard import hadamard
 from llm_fp4.numerics import SMALLEST_STEP, FloatFormat, decode, round_to_level, unpack
 from llm_fp4.plan import LIMB, TWO_LIMBS
 
@@ -78,7 +78,7 @@ def quantize_input_reference(
     """
     fmt = FloatFormat(exponent_bits, mantissa_bits, signed)
     check_limbs(fmt, max_shift)
-    x = (hadamard_reference(x) if transform else x.float()).contiguous()
+    x = (hadamard(x) if transform else x.float()).contiguous()
     step = token_scale(x, scale, shift, smooth, fmt.max_level) if per_token else scale.reshape(1, 1)
     level = round_to_level(x * input_multiplier(step, shift, smooth), fmt)
     numbers = ~level.isnan().any(-1, keepdim=True)

@@ -48,24 +48,21 @@ def variants(statistics: SiteStatistics, rule: ModuleRule, inputs: InputRules) -
 
     Whether it is nearly non-negative is seen by its values, not by the name of the layer before it.
     """
-    low, high, mean = statistics.channel_ranges
     found = [Variant(None, rule.input_formats, "")]
+    unsigned = rule.unsigned_formats if rule.input_blocks is None else ()  # block formats are signed
+    if inputs.offset == "none" and not unsigned:
+        return found
+    low, high, mean = statistics.channel_ranges
     if inputs.offset == "mean":
         found.append(Variant(mean, rule.input_formats, "the mean of each channel is subtracted"))
     least, most = float(low.amin()), float(high.amax())
-    if (
-        rule.unsigned_formats
-        and rule.input_blocks is None
-        and most > 0
-        and -least * SKEW <= most
-        and _mostly_above_zero(statistics)
-    ):
+    if unsigned and most > 0 and -least * SKEW <= most and _mostly_above_zero(statistics):
         if least >= 0:
-            found.append(Variant(None, rule.unsigned_formats, "unsigned, for it is never negative"))
+            found.append(Variant(None, unsigned, "unsigned, for it is never negative"))
         else:
             one = torch.full_like(low, least)
-            found.append(Variant(one, rule.unsigned_formats, f"unsigned, after its minimum {least:.3g} is subtracted"))
-            found.append(Variant(low, rule.unsigned_formats, "unsigned, after the minimum of each channel is subtracted"))
+            found.append(Variant(one, unsigned, f"unsigned, after its minimum {least:.3g} is subtracted"))
+            found.append(Variant(low, unsigned, "unsigned, after the minimum of each channel is subtracted"))
     return found
 
 
