@@ -34,6 +34,7 @@ RUNGS: dict[str, Changes] = {
     "shift range searched": {"inputs": {"shift_range": "search"}},
     "every shift range searched": {"inputs": {"shift_range": "every"}},
     "error compensation": {"search": {"compensation": "gptq"}},
+    "compensation, outlier tokens": {"search": {"compensation": "gptq", "outlier_tokens": 16}},
     "rotation": {"transforms": {"rotation": "hadamard", "online": True}},
     "scale per token": {"inputs": {"granularity": "per_token"}},
     "offsets": {"inputs": {"offset": "mean"}},
