@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "bfloat16.h"
 #include "buffer.h"
 #include "hadamard.h"
 #include "linear.h"
@@ -147,7 +148,7 @@ void block_linear(const Kernels& k, const Weight& w, const BlockInput& call, con
       for (int64_t t = begin; t < end; ++t) {
         const void* row = x + (first + t) * row_bytes;
         if (call.hadamard) {
-          hadamard_row(row, call.bfloat16, w.in, transformed);
+          hadamard(float_row(call.x, call.bfloat16, first + t, w.in, transformed), w.in, transformed);
           row = transformed;
         }
         quantize_row(k, w, q, row,

@@ -30,13 +30,6 @@ void arrange_floats(const float* from, int64_t in, float* to, int64_t count, int
   }
 }
 
-// Row `t` of `x` as float32, in place or in `buffer`.
-const float* float_row(const void* x, bool bfloat16, int64_t t, int64_t in, float* buffer) {
-  if (!bfloat16) return static_cast<const float*>(x) + t * in;
-  widen(static_cast<const uint16_t*>(x) + t * in, in, buffer);
-  return buffer;
-}
-
 struct Call {
   const void* x;
   bool bfloat16;

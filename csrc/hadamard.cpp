@@ -3,8 +3,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "bfloat16.h"
-
 namespace llm_fp4 {
 
 void hadamard(const float* x, int64_t in, float* y) {
@@ -23,12 +21,6 @@ void hadamard(const float* x, int64_t in, float* y) {
     }
   }
   for (int64_t j = 0; j < in; ++j) y[j] = y[j] * unit;
-}
-
-void hadamard_row(const void* x, bool bfloat16, int64_t in, float* y) {
-  if (!bfloat16) return hadamard(static_cast<const float*>(x), in, y);
-  widen(static_cast<const uint16_t*>(x), in, y);
-  hadamard(y, in, y);
 }
 
 }  // namespace llm_fp4

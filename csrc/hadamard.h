@@ -8,7 +8,4 @@ namespace llm_fp4 {
 // y = the transformed row x, both (in,); every run of the largest power of two that divides `in`; y may be x
 void hadamard(const float* x, int64_t in, float* y);
 
-// the same of a row as it arrives, in float32 or bfloat16; y is not x
-void hadamard_row(const void* x, bool bfloat16, int64_t in, float* y);
-
 }  // namespace llm_fp4

@@ -43,7 +43,7 @@ void quantize_input(const Kernels& k, const QuantizeCall& call, int threads) {
     for (int64_t t = begin; t < end; ++t) {
       const void* row = x + t * x_bytes;
       if (call.hadamard) {
-        hadamard_row(row, call.bfloat16, call.in, transformed);
+        hadamard(float_row(call.x, call.bfloat16, t, call.in, transformed), call.in, transformed);
         row = transformed;
       }
       float step = call.scale[0];
@@ -61,12 +61,7 @@ void norm_quantize_input(const Kernels& k, const Norm& norm, const QuantizeCall&
     thread_local Buffer buffer;
     float* row = buffer.get<float>(call.in);
     for (int64_t t = begin; t < end; ++t) {
-      if (call.bfloat16) {
-        widen(static_cast<const uint16_t*>(call.x) + t * call.in, call.in, row);
-        normalize(norm, row, call.in, row);
-      } else {
-        normalize(norm, static_cast<const float*>(call.x) + t * call.in, call.in, row);
-      }
+      normalize(norm, float_row(call.x, call.bfloat16, t, call.in, row), call.in, row);
       QuantizeCall one = call;
       one.x = row;
       one.bfloat16 = false;

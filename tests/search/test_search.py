@@ -12,7 +12,7 @@ from llm_fp4.errors import CalibrationError
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.numerics import fake_quantize, formats_of_width, parse, scale_of_max
 from llm_fp4.plan import InputSpec, SiteResult
-from llm_fp4.recipe import Recipe, SearchRules
+from llm_fp4.recipe import Recipe, SearchRules, ShiftRange
 from llm_fp4.search import search_site
 from llm_fp4.search.compensation import compensate, compensated
 from llm_fp4.search.embedding import embedding_plan
@@ -258,7 +258,7 @@ def test_zero_weights_and_inputs_are_no_special_case(tmp_path: Path) -> None:
     store = TokenStore(tmp_path / "rows", 8)
     store.append(torch.zeros(32, 8))
     statistics = SiteStatistics("dead", store, torch.device("cpu"))
-    recipe = Recipe(search={"rounds": 1})  # type: ignore[arg-type]
+    recipe = Recipe.model_validate({"search": {"rounds": 1}})
     result = search_site("dead", {"w": torch.zeros(4, 8)}, statistics, {"w": recipe.rule("w")}, recipe)
     assert result.input is not None
     assert torch.isfinite(result.input.scale)
@@ -347,9 +347,9 @@ def test_a_shared_embedding_serves_the_head_better_than_its_rows_alone() -> None
         ("e1m2", "every", [0, 1, 2, 3, 4]), ("e2m1", "every", [0, 1, 2, 3]), ("e3m0", "every", [0, 7]), ("e4m3", "every", [0, 15]),
     ],
 )  # fmt: skip
-def test_shift_limits(name: str, shift_range: str | int, expected: list[int]) -> None:
+def test_shift_limits(name: str, shift_range: ShiftRange, expected: list[int]) -> None:
     fmt = parse(name)
-    assert shift_limits(fmt, shift_range) == expected  # type: ignore[arg-type]
+    assert shift_limits(fmt, shift_range) == expected
     if shift_range == "int8" and fmt.bits == 4:
         assert fmt.max_level << expected[0] <= 127 < fmt.max_level << (expected[0] + 1)
 

@@ -145,7 +145,7 @@ class QuantLinear(PackedModule):
         elif spec is not None and spec.blocks and self.blocks:
             f, i, w = spec.format, spec.blocks, self.blocks
             out = quantized_block_linear(
-                self.transformed(rows, fused=True), self.input_scale, i.block_size, i.scale_dtype, f.exponent_bits, f.mantissa_bits,
+                self._arriving(rows), self.input_scale, i.block_size, i.scale_dtype, f.exponent_bits, f.mantissa_bits,
                 self.weight_packed, scale_bytes(self.weight_scale), self.weight_global_scale, bias, w.block_size, w.scale_dtype,
                 fmt.exponent_bits, fmt.mantissa_bits, self.fused,
             )  # fmt: skip
@@ -167,18 +167,17 @@ class QuantLinear(PackedModule):
         """Whether the operation that rounds the input transforms it in the same pass."""
         return self.spec is not None and self.spec.transform == "hadamard" and self.input_offset is None
 
-    def transformed(self, rows: Tensor, *, fused: bool = False) -> Tensor:
-        """Return (tokens, in) rows as they are quantized: after the transform of the input and less its offset, if it has these.
-
-        ``fused``: but for what :attr:`fused` leaves to the operation that rounds them.
-        """
-        if fused and self.fused:
-            return rows
+    def transformed(self, rows: Tensor) -> Tensor:
+        """Return (tokens, in) rows as they are quantized: after the transform of the input and less its offset, if it has these."""
         if self.input_left is not None and self.input_right is not None:
             rows = kronecker(rows, self.input_left, self.input_right)
         elif self.spec is not None and self.spec.transform is not None:
             rows = hadamard(rows)
         return rows if self.input_offset is None else rows.float() - self.input_offset
+
+    def _arriving(self, rows: Tensor) -> Tensor:
+        """Return (tokens, in) rows as the operation that rounds them wants them."""
+        return rows if self.fused else self.transformed(rows)
 
     def _integer_product(self, x: Tensor, rows: Tensor, spec: InputSpec, bias: Tensor | None) -> Tensor:
         f, w = spec.format, self.weight_format
@@ -189,9 +188,9 @@ class QuantLinear(PackedModule):
         weight = (self.weight_packed, self.weight_scale, bias, w.exponent_bits, w.mantissa_bits)
         out: Tensor
         if self.site is None or len(rows) <= _FEW_ROWS:
-            out = quantized_linear(self.transformed(rows, fused=True), *rounding, *weight, self.fused)
+            out = quantized_linear(self._arriving(rows), *rounding, *weight, self.fused)
         else:
-            levels = self.site.levels(x, lambda: quantize_input(self.transformed(rows, fused=True), *rounding, self.fused))
+            levels = self.site.levels(x, lambda: quantize_input(self._arriving(rows), *rounding, self.fused))
             out = int_linear(*levels, *weight)
         return out
 
