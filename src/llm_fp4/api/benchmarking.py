@@ -21,7 +21,7 @@ from llm_fp4.kernels import int_linear
 from llm_fp4.kernels.compiled import available, select
 from llm_fp4.models import continued
 from llm_fp4.nn import QuantLinear
-from llm_fp4.numerics import packed_width
+from llm_fp4.numerics import int8_product, packed_width
 from llm_fp4.progress import Progress, silent
 
 _READ_BYTES = 256_000_000
@@ -106,7 +106,7 @@ def _machine(device: str, repeats: int) -> Machine:
     data = torch.ones(_READ_BYTES // 8, dtype=torch.int64, device=where)
     read = _seconds(lambda: data.sum(), where, repeats + 4, min)
     a = torch.randint(-96, 97, (_SIDE, _SIDE), dtype=torch.int8, device=where)
-    seconds = [_seconds(lambda: torch._int_mm(a, a.t()), where, repeats + 4, min)]
+    seconds = [_seconds(lambda: int8_product(a, a), where, repeats + 4, min)]
     if where.type == "cpu":  # torch's product and ours, whichever is faster
         packed = torch.randint(0, 256, (_SIDE, packed_width(_SIDE, 4)), dtype=torch.uint8)
         one, step = torch.ones(_SIDE), torch.ones(1, 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_fp4.errors import UnsupportedError
 from llm_fp4.kernels.hadamard import hadamard
-from llm_fp4.numerics import SMALLEST_STEP, FloatFormat, decode, round_to_level, unpack
+from llm_fp4.numerics import SMALLEST_STEP, FloatFormat, decode, int8_product, round_to_level, unpack
 from llm_fp4.plan import LIMB, TWO_LIMBS
 
 
@@ -95,30 +95,12 @@ quantize_input = torch.library.custom_op("llm_fp4::quantize_input", quantize_inp
 quantize_input.register_fake(lambda x, scale, shift, smooth, *rule: empty_levels(x, *rule))
 
 
-def _int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the exact (tokens, out) int32 of (tokens, in) int8 times (out, in) int8 transposed."""
-    if a.shape[0] == 0 or a.shape[1] == 0 or b.shape[0] == 0:
-        return torch.zeros((a.shape[0], b.shape[0]), dtype=torch.int32, device=a.device)
-    if a.is_cuda:  # cuBLASLt wants more than 16 rows and multiples of 8
-        rows, inner, out = max(17, len(a)), -(-a.shape[1] // 8) * 8, -(-len(b) // 8) * 8
-        wide = torch.nn.functional.pad(a, (0, inner - a.shape[1], 0, rows - len(a)))
-        tall = torch.nn.functional.pad(b, (0, inner - b.shape[1], 0, out - len(b)))
-        return torch._int_mm(wide, tall.t())[: len(a), : len(b)]
-    # _int_mm on a CPU takes leading dimensions from the strides, which mean nothing where a dimension is 1: with one
-    # channel it returns garbage, and with one row of stride 0 as well (pytorch/pytorch#195066)
-    if a.shape[1] == 1:
-        return a.int() * b.int().t()
-    if len(a) == 1:
-        a = a.clone(memory_format=torch.contiguous_format)
-    return torch._int_mm(a, b.t())
-
-
 def accumulate(levels: Tensor, weight_levels: Tensor) -> Tensor:
     """Return the exact (tokens, out) sums of products: int32 for int8 ``levels``, int64 for int16 (two limbs)."""
     if levels.dtype == torch.int8:
-        return _int8_product(levels, weight_levels)
+        return int8_product(levels, weight_levels)
     high, low = (levels >> 7).to(torch.int8), (levels & 127).to(torch.int8)
-    return _int8_product(high, weight_levels).long() * 128 + _int8_product(low, weight_levels)
+    return int8_product(high, weight_levels).long() * 128 + int8_product(low, weight_levels)
 
 
 def int_linear_reference(

@@ -18,6 +18,7 @@ from llm_fp4.numerics.granularity import (
     PerTensor,
     parse_granularity,
 )
+from llm_fp4.numerics.int8 import int8_product
 from llm_fp4.numerics.packing import pack, packed_width, unpack
 from llm_fp4.numerics.qtensor import QuantizedTensor, quantize_tensor, step_of
 from llm_fp4.numerics.rounding import (
@@ -34,7 +35,7 @@ from llm_fp4.numerics.rounding import (
 
 __all__ = [
     "SMALLEST_STEP", "FloatFormat", "Granularity", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantizedTensor", "block_step", "decode",
-    "encode", "encode_levels", "fake_quantize", "formats_of_width", "levels", "max_scale", "neighbour", "pack", "packed_width",
+    "encode", "encode_levels", "fake_quantize", "formats_of_width", "int8_product", "levels", "max_scale", "neighbour", "pack", "packed_width",
     "parse", "parse_granularity", "quantize_tensor", "require_finite", "round_to_level", "scale_bytes", "scale_of_max",
     "scale_values", "second_scale", "soft_level", "step_of", "store_scale", "unpack",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llm_fp4 import ranks
-from llm_fp4.numerics import require_finite
+from llm_fp4.numerics import int8_product, require_finite
 from llm_fp4.statistics.gram import Gram, add_upper, mirror, unite_upper
 from llm_fp4.statistics.tokens import CHUNK, FloatRows, TokenStore
 
@@ -160,7 +160,7 @@ class SiteStatistics:
                 if levels is None or unit is None:
                     add_upper(qq, q, i)
                 else:
-                    qq[i, i.start :] += torch._int_mm(levels[:, i].t(), levels[:, i.start :]).float().mul_(unit).mul_(unit)
+                    qq[i, i.start :] += int8_product(levels[:, i].t(), levels[:, i.start :].t()).float().mul_(unit).mul_(unit)
                 if eq is not None and ee is not None and e is not None:
                     eq[i].addmm_(e[:, i].t(), q)
                     add_upper(ee, e, i)
