@@ -25,9 +25,9 @@ _TOKENS = 2048  # rows at once
 class OutputError:
     """The weighted squared output error of a token sample as the input's rounding varies.
 
-    With ``E = X - Q`` and ``D = W - W_hat`` the output error is ``E W' + Q D'``. Where the outputs outnumber the inputs
-    it is scored by (in, in) forms, so a vocabulary-sized operand costs no more than a square one. ``centered``: without the
-    mean of the error, which a bias makes up for.
+    With ``E = X - Q`` and ``D = W - W_hat`` the output error is ``E W_hat' + X D'``, of which the second part is the same for every
+    rounding: one product for each. Where the outputs outnumber the inputs it is scored by (in, in) forms, so a vocabulary-sized
+    operand costs no more than a square one. ``centered``: without the mean of the error, which a bias makes up for.
     """
 
     def __init__(
@@ -48,26 +48,31 @@ class OutputError:
         weights = self._counted(weights)
         self._rows, self._row_weight, self._weights = rows, row_weight, weights
         self._quadratic = sum(map(len, weights)) > 2 * rows.shape[1]
-        self._w = self._square([(w, w) for w in weights]) if self._quadratic else _side_by_side(weights)
+        self._w = self._square(weights, weights) if self._quadratic else _side_by_side(weights)
         self._d: tuple[Tensor, ...] = ()
+        self._constant: dict[int, tuple[Tensor, ...]] = {}  # by the first of the rows
 
     def _counted(self, weights: list[Tensor]) -> list[Tensor]:
         return [w * root for w, root in zip(weights, self._roots, strict=True)] if self._roots else weights
 
     def under(self, rounded: list[Tensor]) -> OutputError:
         """Return the error where the operands are stored as ``rounded``."""
-        d = [w - r for w, r in zip(self._weights, self._counted(rounded), strict=True)]
+        rounded = self._counted(rounded)
+        d = [w - r for w, r in zip(self._weights, rounded, strict=True)]
         other = copy(self)
-        pairs = list(zip(d, self._weights, strict=True))
-        other._d = (self._square(pairs), self._square([(x, x) for x in d])) if self._quadratic else (_side_by_side(d),)
+        if self._quadratic:
+            other._w, other._d = self._square(rounded, rounded), (self._square(d, rounded), self._square(d, d))
+        else:
+            other._w, other._d = _side_by_side(rounded), (_side_by_side(d),)
+        other._constant = {i.start: other._of_weights(self._rows[i]) for i in ranks.own(len(self._rows), _TOKENS)}
         return other
 
-    def _square(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _square(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
         """Return the (in, in) sum of A'B over the operands, for ranking."""
         n = self._rows.shape[1]
         out = self._rows.new_zeros(n, n)
         for i in ranks.own(n, n):
-            for a, b in pairs:
+            for a, b in zip(left, right, strict=True):
                 out[i].addmm_(a[:, i].t(), b)
         return as_operand(ranks.united(out))
 
@@ -75,33 +80,33 @@ class OutputError:
         """Return the () float64 error with the rows rounded by ``quantize``, a map of (n, in) rows."""
         lost = self._rows.new_zeros(len(self._rows))
         for i in ranks.own(len(self._rows), _TOKENS):
-            q = quantize(self._rows[i])
-            e = self._rows[i] - q
-            lost[i] = self._quadratic_form(e, q) if self._quadratic else self._squared_outputs(e, q)
+            lost[i] = self._squared(self._rows[i] - quantize(self._rows[i]), self._constant.get(i.start, ()))
         total = torch.dot(ranks.united(lost).double(), self._row_weight.double())
         return total - self._of_means(quantize) if self._centered else total
 
     def _of_means(self, quantize: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the () float64 part of the error that its mean over tokens makes."""
-        q, count = quantize(self._rows), self._row_weight.sum()
+        count = self._row_weight.sum()
         share = (self._row_weight / count).unsqueeze(0)
-        e, q = share @ (self._rows - q), share @ q
-        lost = self._quadratic_form(e, q) if self._quadratic else self._squared_outputs(e, q)
-        return lost.double().sum() * count
+        e = share @ (self._rows - quantize(self._rows))
+        return self._squared(e, self._of_weights(share @ self._rows)).double().sum() * count
 
-    def _quadratic_form(self, e: Tensor, q: Tensor) -> Tensor:
-        inner = rank_product(e, self._w)
+    def _of_weights(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return what the rounded weights bring to the error of (n, in) ``rows``, whatever becomes of these."""
         if not self._d:
-            return inner.mul_(e).sum(1)
-        dw, dd = self._d
-        cross = inner.add_(rank_product(q, dw), alpha=2.0).mul_(e)
-        return cross.add_(rank_product(q, dd).mul_(q)).sum(1)
+            return ()
+        first = rank_product(rows, self._d[0])
+        return (first, rank_product(rows, self._d[1]).mul_(rows).sum(1)) if self._quadratic else (first,)
 
-    def _squared_outputs(self, e: Tensor, q: Tensor) -> Tensor:
+    def _squared(self, e: Tensor, constant: tuple[Tensor, ...]) -> Tensor:
+        """Return the (n,) squared output errors of rows whose rounding errors are (n, in) ``e``."""
         out = rank_product(e, self._w)
-        for d in self._d:
-            out.add_(rank_product(q, d))
-        return out.square_().sum(1)
+        if constant:
+            out.add_(constant[0], alpha=2.0 if self._quadratic else 1.0)
+        if not self._quadratic:
+            return out.square_().sum(1)
+        lost = out.mul_(e).sum(1)
+        return lost.add_(constant[1]) if constant else lost
 
 
 def _side_by_side(weights: list[Tensor]) -> Tensor:
