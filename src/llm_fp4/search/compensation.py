@@ -26,6 +26,7 @@ from llm_fp4.statistics import Gram, SiteStatistics
 _BLOCK = 128  # columns between two updates of all later columns
 _ROWS = 8192  # rows at once: bounds the temporaries of a vocabulary-sized weight
 _PIECE = 2048  # rows of a product of matrices
+_SIDE_BY_SIDE = 4096  # rows of several starts at once; with more nothing is gained
 _STARTS = (1.0, 0.9, 1.1, 0.8, 1.2)
 
 
@@ -87,18 +88,24 @@ def _best_start(
     goal: Tensor, feedback: Feedback, hessian: Tensor, scale: Tensor, fmt: FloatFormat, search: SearchRules, pieces: list[slice]
 ) -> tuple[Tensor, Tensor]:
     """Return the (in, rows) values and (rows,) scales, of each row those of its best start."""
+    # starts side by side as far as rows go: what is done for every column in turn costs hardly more for more rows
+    width, starts = goal.shape[1], _STARTS[: search.starts]
+    together = max(1, _SIDE_BY_SIDE // width)
     best: tuple[Tensor, Tensor, Tensor] | None = None
-    for factor in _STARTS[: search.starts]:
-        first = scale * factor
-        values = compensate(goal, feedback, first, fmt, pieces)
-        values, fitted = refine(goal, values, hessian, first, fmt, search.sweeps, pieces)
-        d = [goal[:, p] - values[:, p] for p in pieces]
-        loss = torch.cat([(hessian @ each).mul_(each).sum(0) for each in d])
-        if best is not None:
-            won = loss < best[2]
-            values = torch.where(won, values, best[0])
-            fitted, loss = torch.where(won, fitted, best[1]), torch.where(won, loss, best[2])
-        best = values, fitted, loss
+    for factors in (starts[i : i + together] for i in range(0, len(starts), together)):
+        places = [slice(k * width + p.start, k * width + p.stop) for k in range(len(factors)) for p in pieces]
+        goals, first = goal.repeat(1, len(factors)), torch.cat([scale * factor for factor in factors])
+        values = compensate(goals, feedback, first, fmt, places)
+        values, fitted = refine(goals, values, hessian, first, fmt, search.sweeps, places)
+        d = [goals[:, p] - values[:, p] for p in places]
+        losses = torch.cat([(hessian @ each).mul_(each).sum(0) for each in d])
+        for found in zip(values.split(width, 1), fitted.split(width), losses.split(width), strict=True):
+            if best is None:
+                best = found
+                continue
+            won = found[2] < best[2]
+            values, fitted, loss = (torch.where(won, new, old) for new, old in zip(found, best, strict=True))
+            best = values, fitted, loss
     assert best is not None
     return best[:2]
 
