@@ -193,7 +193,7 @@ def test_more_starts_find_a_lower_error(site: SiteStatistics) -> None:
     for starts in (1, 3, 5):
         values, fitted = compensated(weight, Gram(site.gram, None, None), scale, fmt, SearchRules(starts=starts))
         assert torch.equal(fake_quantize(values, fitted[:, None], fmt), values)
-        losses.append(float(weight_loss(weight, values, damped(site.gram, 0.03), None).sum()))
+        losses.append(float(weight_loss(weight, values, damped(site.gram, SearchRules().damping), None).sum()))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
 

@@ -43,8 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "search": {"compensation": "gptq", "rounds": 1},
     },
     "nvfp4": _block_preset(_NVFP4, search={"compensation": "gptq"}),
-    # without outlier_tokens error compensation took ViT-Ti below plain FPQ, see docs/adr/0018; the damping: docs/recipes.md
-    "mxfp4": _block_preset(_MXFP4, search={"compensation": "gptq", "outlier_tokens": 16, "damping": 0.1}),
+    # without outlier_tokens error compensation took ViT-Ti below plain FPQ, see docs/adr/0018
+    "mxfp4": _block_preset(_MXFP4, search={"compensation": "gptq", "outlier_tokens": 16}),
     "nvfp4-rtn": _block_preset(_NVFP4, method="minmax"),
     "mxfp4-rtn": _block_preset(_MXFP4, method="minmax"),
 }

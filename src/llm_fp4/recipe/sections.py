@@ -196,7 +196,7 @@ class SearchRules(Strict):
     sample_tokens: int = Field(default=1024, ge=16)
     propagation: Literal["sequential", "parallel"] = "sequential"
     compensation: Literal["none", "gptq", "gptaq"] = "none"
-    damping: float = Field(default=0.03, gt=0, lt=1)
+    damping: float = Field(default=0.1, gt=0, lt=1)
     inherited: float = Field(default=0.25, ge=0, le=1)
     sweeps: int = Field(default=4, ge=0)
     starts: int = Field(default=3, ge=1, le=5)
