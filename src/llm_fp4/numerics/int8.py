@@ -32,7 +32,7 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
         tall = torch.nn.functional.pad(b, (0, inner - b.shape[1], 0, out - len(b)))
         return torch._int_mm(wide, tall.t())[: len(a), : len(b)]
     if not cpu_multiplies_int8():
-        sums = torch.zeros((len(a), len(b)), dtype=torch.int32)
+        sums = torch.zeros((len(a), len(b)), dtype=torch.int32, device=a.device)
         for x, y in zip(a.split(_EXACT, 1), b.split(_EXACT, 1), strict=True):
             sums += (x.float() @ y.float().t()).int()
         return sums
