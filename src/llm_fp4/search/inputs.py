@@ -49,8 +49,9 @@ class OutputError:
         self._rows, self._row_weight, self._weights = rows, row_weight, weights
         self._quadratic = sum(map(len, weights)) > 2 * rows.shape[1]
         self._w = self._square(weights, weights) if self._quadratic else _side_by_side(weights)
-        self._d: tuple[Tensor, ...] = ()
-        self._constant: dict[int, tuple[Tensor, ...]] = {}  # by the first of the rows
+        # what rounded weights bring to the error: of the rows, by the first of each part, and of their mean
+        self._constant: dict[int, tuple[Tensor, ...]] = {}
+        self._constant_of_mean: tuple[Tensor, ...] = ()
 
     def _counted(self, weights: list[Tensor]) -> list[Tensor]:
         return [w * root for w, root in zip(weights, self._roots, strict=True)] if self._roots else weights
@@ -60,11 +61,14 @@ class OutputError:
         rounded = self._counted(rounded)
         d = [w - r for w, r in zip(self._weights, rounded, strict=True)]
         other = copy(self)
+        forms: tuple[Tensor, ...]
         if self._quadratic:
-            other._w, other._d = self._square(rounded, rounded), (self._square(d, rounded), self._square(d, d))
+            other._w, forms = self._square(rounded, rounded), (self._square(d, rounded), self._square(d, d))
         else:
-            other._w, other._d = _side_by_side(rounded), (_side_by_side(d),)
-        other._constant = {i.start: other._of_weights(self._rows[i]) for i in ranks.own(len(self._rows), _TOKENS)}
+            other._w, forms = _side_by_side(rounded), (_side_by_side(d),)
+        other._constant = {i.start: _of_weights(self._rows[i], *forms) for i in ranks.own(len(self._rows), _TOKENS)}
+        if self._centered:
+            other._constant_of_mean = _of_weights(self._mean(self._rows), *forms)
         return other
 
     def _square(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
@@ -86,17 +90,12 @@ class OutputError:
 
     def _of_means(self, quantize: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the () float64 part of the error that its mean over tokens makes."""
-        count = self._row_weight.sum()
-        share = (self._row_weight / count).unsqueeze(0)
-        e = share @ (self._rows - quantize(self._rows))
-        return self._squared(e, self._of_weights(share @ self._rows)).double().sum() * count
+        e = self._mean(self._rows - quantize(self._rows))
+        return self._squared(e, self._constant_of_mean).double().sum() * self._row_weight.sum()
 
-    def _of_weights(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Return what the rounded weights bring to the error of (n, in) ``rows``, whatever becomes of these."""
-        if not self._d:
-            return ()
-        first = rank_product(rows, self._d[0])
-        return (first, rank_product(rows, self._d[1]).mul_(rows).sum(1)) if self._quadratic else (first,)
+    def _mean(self, rows: Tensor) -> Tensor:
+        """Return the (1, in) weighted mean of (s, in) ``rows``."""
+        return (self._row_weight / self._row_weight.sum()).unsqueeze(0) @ rows
 
     def _squared(self, e: Tensor, constant: tuple[Tensor, ...]) -> Tensor:
         """Return the (n,) squared output errors of rows whose rounding errors are (n, in) ``e``."""
@@ -107,6 +106,16 @@ class OutputError:
             return out.square_().sum(1)
         lost = out.mul_(e).sum(1)
         return lost.add_(constant[1]) if constant else lost
+
+
+def _of_weights(rows: Tensor, crossed: Tensor, own: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return what rounded weights bring to the error of (n, in) ``rows``, whatever becomes of these.
+
+    Args:
+        crossed: (in, out) D', or (in, in) D'W_hat of a quadratic form, whose (in, in) D'D is ``own``.
+    """
+    first = rank_product(rows, crossed)
+    return (first,) if own is None else (first, rank_product(rows, own).mul_(rows).sum(1))
 
 
 def _side_by_side(weights: list[Tensor]) -> Tensor:
