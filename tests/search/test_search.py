@@ -11,7 +11,7 @@ from torch import Tensor
 from llm_fp4.errors import CalibrationError
 from llm_fp4.kernels.simulate import fake_quantize_input
 from llm_fp4.numerics import fake_quantize, formats_of_width, parse, scale_of_max
-from llm_fp4.plan import InputSpec, SiteResult
+from llm_fp4.plan import InputPlan, InputSpec
 from llm_fp4.recipe import Recipe, SearchRules, ShiftRange
 from llm_fp4.search import search_site
 from llm_fp4.search.compensation import compensate, compensated
@@ -358,17 +358,23 @@ def test_shift_limits(name: str, shift_range: ShiftRange, expected: list[int]) -
 def test_a_searched_shift_range_is_the_best_of_all_ranges(site: SiteStatistics, granularity: str) -> None:
     """The fixture's channels differ by powers of ten: shifts pay, and E1M2 pays most beyond its format's own range."""
 
-    def run(shift_range: str | int, *formats: str) -> SiteResult:
+    def run(shift_range: str | int, *formats: str) -> InputPlan:
         rules = {"formats": formats, "granularity": granularity, "shift_range": shift_range}
         wish = Recipe.model_validate({"inputs": rules, "search": {"rounds": 2}})
-        return search_site("site", weights(), site, {n: wish.rule(n) for n in weights()}, wish)
+        plan = search_site("site", weights(), site, {n: wish.rule(n) for n in weights()}, wish).input
+        assert plan is not None
+        return plan
 
-    errors = {k: run(k, "e1m2").input.error for k in (0, "format", "int8", "search", "every")}  # type: ignore[union-attr]
-    assert errors["int8"] < errors["format"] < errors[0]  # type: ignore[operator]
+    def error(shift_range: str | int) -> float:
+        found = run(shift_range, "e1m2").error
+        assert found is not None
+        return found
+
+    errors = {k: error(k) for k in (0, "format", "int8", "search", "every")}
+    assert errors["int8"] < errors["format"] < errors[0]
     assert errors["search"] == pytest.approx(errors["int8"], rel=1e-6)
     assert errors["every"] == pytest.approx(errors["int8"], rel=1e-6)
-    plan = run("search", "e1m2", "e2m1").input
-    assert plan is not None
+    plan = run("search", "e1m2", "e2m1")
     assert plan.shift is not None
     assert plan.spec.limbs == 1
     assert plan.spec.max_shift == int(plan.shift.max()) >= 3
