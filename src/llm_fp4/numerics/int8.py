@@ -14,7 +14,7 @@ _EXACT = 1024  # float32 holds sums of so many products of int8: 128 * 128 * 102
 def cpu_multiplies_int8() -> bool:
     """Return whether torch's int8 product has units for it on this CPU.
 
-    Without them (AVX2 alone) it takes a hundred times as long as one in float32.
+    Without them (AVX2 alone) it is far slower than one in float32.
     """
     return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 
