@@ -71,6 +71,28 @@ def test_quantize_input(name: str) -> None:
 
 @needs_triton
 @inside
+@pytest.mark.parametrize(("width", "per_token"), product((1, 40, 96, 1536, 2048, 8192, 16384), (False, True)))
+def test_quantize_input_under_a_transform(width: int, per_token: bool) -> None:
+    from llm_fp4.kernels import triton
+
+    torch.manual_seed(3)
+    fmt, most = parse("e2m1"), 3
+    x = torch.randn(3, width) * torch.logspace(-1, 1, width)
+    x[1, width // 2] = torch.nan
+    for max_shift in (0, most):
+        shift = torch.randint(0, max_shift + 1, (width,), dtype=torch.uint8) if max_shift else None
+        smooth = torch.rand(width) + 0.3 if max_shift else None
+        scale = torch.tensor(1.0 if per_token else 0.37)
+        for source in (x, x.bfloat16()):
+            got = triton.quantize_input(source, scale, shift, smooth, fmt, max_shift, per_token, True)
+            want = ops.quantize_input_reference(source, scale, shift, smooth, 2, 1, True, max_shift, per_token, True)
+            assert torch.equal(got[0], want[0])
+            torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
+            assert width == 1 or got[0].any()
+
+
+@needs_triton
+@inside
 @pytest.mark.parametrize("name", FORMATS)
 def test_int_linear(name: str) -> None:
     from llm_fp4.kernels import triton

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from llm_fp4.kernels import ops
-from llm_fp4.kernels.hadamard import hadamard
 from llm_fp4.numerics import FloatFormat
 
 
@@ -41,12 +40,13 @@ def quantize_input(
     """Return what :func:`llm_fp4.kernels.ops.quantize_input` does, bit for bit."""
     kernels = _kernels()
     fmt = FloatFormat(exponent_bits, mantissa_bits, signed)
-    x = hadamard(x) if transform else x
     ops.check_limbs(fmt, max_shift)
     if kernels is None or not _dense(scale, shift, smooth):
-        return ops.quantize_input_reference(x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token)
+        return ops.quantize_input_reference(
+            x, scale, shift, smooth, exponent_bits, mantissa_bits, signed, max_shift, per_token, transform
+        )
     x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
-    out: tuple[Tensor, Tensor] = kernels.quantize_input(x, scale, shift, smooth, fmt, max_shift, per_token)
+    out: tuple[Tensor, Tensor] = kernels.quantize_input(x, scale, shift, smooth, fmt, max_shift, per_token, transform)
     return out
 
 

@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llm_fp4.kernels.hadamard import hadamard, power_of_two
 from llm_fp4.numerics import FloatFormat
 from llm_fp4.plan import LIMB
 
 _FEW_ROWS = 16  # up to so many, a product is bound by reading codes
+_LONGEST_RUN = 8192  # channels that a transform mixes in one program: 32 KiB of shared memory
 
 
 @triton.jit
@@ -25,9 +27,21 @@ def _power_of_two(n):
 
 
 @triton.jit
-def _multiplied(x_row, shift, smooth, columns, mask, inverse, HAS_SHIFT: tl.constexpr, HAS_SMOOTH: tl.constexpr):
-    """Return x times what brings it to the grid, in the reference's order of roundings, and the shifts."""
+def _read(x_row, columns, mask, root, RUN: tl.constexpr, BLOCK: tl.constexpr):
+    """Return (BLOCK,) channels, every ``2**RUN`` of them under a Hadamard transform, summed in the reference's order."""
     x = tl.load(x_row + columns, mask, other=0.0).to(tl.float32)
+    if RUN:
+        for step in tl.static_range(RUN):
+            pairs = tl.reshape(x, (BLOCK >> (step + 1), 2, 1 << step))
+            left, right = tl.split(tl.permute(pairs, (0, 2, 1)))
+            x = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 2, 1)), (BLOCK,))
+        x = x * root
+    return x
+
+
+@triton.jit
+def _multiplied(x, shift, smooth, columns, mask, inverse, HAS_SHIFT: tl.constexpr, HAS_SMOOTH: tl.constexpr):
+    """Return x times what brings it to the grid, in the reference's order of roundings, and the shifts."""
     k = columns * 0
     multiplier = inverse + tl.zeros(columns.shape, tl.float32)
     if HAS_SMOOTH:
@@ -40,9 +54,9 @@ def _multiplied(x_row, shift, smooth, columns, mask, inverse, HAS_SHIFT: tl.cons
 
 @triton.jit
 def _quantize_kernel(
-    x, scale, shift, smooth, levels, step_out, width, low, top, unit,
+    x, scale, shift, smooth, levels, step_out, width, low, top, unit, root,
     M: tl.constexpr, MAX_SHIFT: tl.constexpr, PER_TOKEN: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SMOOTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     step = tl.load(scale)
@@ -50,7 +64,8 @@ def _quantize_kernel(
         largest = tl.zeros((BLOCK,), tl.float32)
         for first in range(0, width, BLOCK):
             columns = first + tl.arange(0, BLOCK)
-            value, _ = _multiplied(x + row * width, shift, smooth, columns, columns < width, 1.0, HAS_SHIFT, HAS_SMOOTH)
+            value = _read(x + row * width, columns, columns < width, root, RUN, BLOCK)
+            value, _ = _multiplied(value, shift, smooth, columns, columns < width, 1.0, HAS_SHIFT, HAS_SMOOTH)
             value = tl.abs(value)
             largest = tl.where((value > largest) | (value != value), value, largest)  # a NaN stays
         bits = largest.to(tl.int32, bitcast=True)  # of non-negative floats in order, NaN above all
@@ -62,7 +77,8 @@ def _quantize_kernel(
     for first in range(0, width, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         mask = columns < width
-        value, k = _multiplied(x + row * width, shift, smooth, columns, mask, inverse, HAS_SHIFT, HAS_SMOOTH)
+        value = _read(x + row * width, columns, mask, root, RUN, BLOCK)
+        value, k = _multiplied(value, shift, smooth, columns, mask, inverse, HAS_SHIFT, HAS_SMOOTH)
         number = value == value
         problems = problems | tl.where(number, 0, 1)
         value = tl.where(value < low, low, value)
@@ -159,19 +175,25 @@ def _float_linear_kernel(
 
 
 def quantize_input(
-    x: Tensor, scale: Tensor, shift: Tensor | None, smooth: Tensor | None, fmt: FloatFormat, max_shift: int, per_token: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, scale: Tensor, shift: Tensor | None, smooth: Tensor | None, fmt: FloatFormat, max_shift: int, per_token: bool,
+    transform: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what :func:`llm_fp4.kernels.ops.quantize_input` does, for (tokens, in) float32 or bfloat16 ``x``."""
-    x = x.contiguous()
     tokens, width = x.shape
+    size = power_of_two(width) if transform and width else 1
+    if size > _LONGEST_RUN:
+        x, size = hadamard(x), 1
+    x = x.contiguous()
+    block = max(size, min(1024, triton.next_power_of_2(max(width, 16))))
     levels = torch.empty_like(x, dtype=torch.int8 if fmt.max_level << max_shift <= LIMB else torch.int16)
     step = x.new_empty((tokens, 1), dtype=torch.float32)
     if tokens:
         top = float(fmt.max_level)
         _quantize_kernel[(tokens,)](
-            x, scale, shift, smooth, levels, step, width, -top if fmt.signed else 0.0, top, 2.0**-max_shift, M=fmt.mantissa_bits,
-            MAX_SHIFT=max_shift, PER_TOKEN=per_token, HAS_SHIFT=shift is not None, HAS_SMOOTH=smooth is not None,
-            BLOCK=min(1024, triton.next_power_of_2(max(width, 16))), enable_fp_fusion=False,
+            x, scale, shift, smooth, levels, step, width, -top if fmt.signed else 0.0, top, 2.0**-max_shift, size**-0.5,
+            M=fmt.mantissa_bits, MAX_SHIFT=max_shift, PER_TOKEN=per_token, HAS_SHIFT=shift is not None,
+            HAS_SMOOTH=smooth is not None, RUN=size.bit_length() - 1, BLOCK=block, num_warps=4 if block <= 1024 else 8,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return levels, step
 
