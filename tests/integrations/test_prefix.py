@@ -40,6 +40,8 @@ def recipe(**fields: Any) -> Recipe:
 
 
 EVERYTHING: dict[str, Any] = {"bits": {"embedding": 4, "activation": 8}, "ignore": []}
+BLOCKS = {"granularity": "per_block", "block_size": 16, "scale_dtype": "e4m3", "formats": ["e2m1"]}
+IN_BLOCKS: dict[str, Any] = {"weights": BLOCKS, "search": {"compensation": "gptq"}}
 
 
 @pytest.fixture
@@ -205,11 +207,14 @@ def test_without_a_sink_there_is_no_prefix(tiny_llama: Callable[..., Any], tmp_p
         assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("fields", [EVERYTHING, {**IN_BLOCKS, "inputs": BLOCKS}], ids=["everything", "blocks"])
 @torch.no_grad()
-def test_disk_equals_memory_and_the_prefix_is_of_the_float_model(sinking: Callable[..., Any], tmp_path: Path) -> None:
+def test_disk_equals_memory_and_the_prefix_is_of_the_float_model(
+    sinking: Callable[..., Any], tmp_path: Path, fields: dict[str, Any]
+) -> None:
     sinking().save_pretrained(tmp_path / "float")
-    out = llm_fp4.quantize(tmp_path / "float", tmp_path / "out", recipe(**EVERYTHING), tokens=IDS)
-    model, memory = llm_fp4.load(out), llm_fp4.quantize_module(sinking(), [IDS], recipe(**EVERYTHING))
+    out = llm_fp4.quantize(tmp_path / "float", tmp_path / "out", recipe(**fields), tokens=IDS)
+    model, memory = llm_fp4.load(out), llm_fp4.quantize_module(sinking(), [IDS], recipe(**fields))
     assert torch.allclose(model(IDS).logits, memory(IDS).logits, atol=1e-3)
     exact = behind(sinking(), tmp_path, [0])
     for ours, flat in zip(model.model.layers, exact.model.layers, strict=True):
@@ -335,7 +340,6 @@ def test_models_without_a_place_for_a_prefix_are_refused(
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"inputs": {"granularity": "per_block"}}, "serves static scales"),
         ({"attention": {"bits": 8}}, "quantized attention products are not implemented together"),
         ({"cache": {"bits": 8}}, "a quantized cache are not implemented together"),
         ({"budget": {"average_bits": 5}}, "a budget are not implemented together"),

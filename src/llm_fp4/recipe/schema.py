@@ -122,10 +122,6 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _check_prefix(self) -> Recipe:
         if self.inputs.sinks == "prefix":
-            if self.inputs.granularity == "per_block":
-                raise ValueError(
-                    "inputs.sinks prefix serves static scales, and block scales are made as inputs arrive; leave one of them out"
-                )
             others = {
                 "search.objective fisher": self.search.objective == "fisher", "a budget": self.budget is not None,
                 "quantized attention products": self.attention.bits != FLOAT_BITS,

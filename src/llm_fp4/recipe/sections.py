@@ -106,7 +106,8 @@ class InputRules(_BlockRules):
     "every": any up to that of int8, or the format's, likewise.
     ``sinks``: what to do with a site whose largest token exceeds the median token ``sink_ratio`` times: "per_token" gives
     that site a scale per token, "static" keeps the one scale; "prefix" puts a few tokens before every sequence that take the part of
-    the sink, in float, and gives a scale per token where that does not help. ``prefix_tokens``: the most tokens of a prefix.
+    the sink, in float, and gives a scale per token where that does not help; beside block scales it is the prefix alone.
+    ``prefix_tokens``: the most tokens of a prefix.
     ``offset``: "mean" subtracts each channel's mean before rounding, at sites where that lowers the output error; biases make up
     for it. ``unsigned``: inputs with hardly a negative value take unsigned formats, their minimum subtracted, where that does.
     """
