@@ -18,7 +18,7 @@ from llm_fp4.numerics import FloatFormat
 from llm_fp4.plan import LIMB
 
 _FEW_ROWS = 16  # up to so many, a product is bound by reading codes
-_LONGEST_RUN = 8192  # channels that a transform mixes in one program: 32 KiB of shared memory
+_LONGEST_RUN = 8192  # channels that a transform mixes in one program; wider ones take an operation of its own
 
 
 @triton.jit
