@@ -259,10 +259,11 @@ def test_an_interrupted_run_gives_the_same_bytes(sinking: Callable[..., Any], tm
 
 
 @pytest.mark.skipif(available() == ["torch"], reason="no compiled kernels here")
+@pytest.mark.parametrize("fields", [{}, {**IN_BLOCKS, "inputs": BLOCKS}], ids=["rows", "blocks"])
 @torch.no_grad()
-def test_compiled_decoding_reads_the_prefix(sinking: Callable[..., Any], tmp_path: Path) -> None:
+def test_compiled_decoding_reads_the_prefix(sinking: Callable[..., Any], tmp_path: Path, fields: dict[str, Any]) -> None:
     sinking().save_pretrained(tmp_path / "float")
-    every = recipe(bits={"embedding": 16, "activation": 4}, ignore=[])
+    every = recipe(bits={"embedding": 16, "activation": 4}, ignore=[], **fields)
     model = llm_fp4.load(llm_fp4.quantize(tmp_path / "float", tmp_path / "out", every, tokens=IDS))
     decoder = Decoder(model, capacity=4)
     found = torch.stack([decoder.prompt(IDS[0, :5]), *(decoder.step(int(t)) for t in IDS[0, 5:])])
